@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -24,17 +25,14 @@ EXPERT_TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
 class ExpertBank(nn.Module):
-    """One block's experts, shared by all tasks, with how often each was selected and which are frozen.
+    """One block's experts, shared by all tasks, and which of them are frozen.
 
     Every expert has parameters of its own. So an expert that nobody selected has no gradient, and any optimizer leaves
     it alone and keeps no state for it; a frozen one is simply a parameter that requires none.
 
     Attributes:
         down_weight, down_bias, up_weight, up_bias: per expert R x D, R, R x O, O (unit by unit, see `experts`).
-        usage: int64 E, selections since the task began, of all processes, as far as they have been shared.
         frozen: bool E.
-        unshared_usage: int64 E or None, what this process has counted since and not yet shared with the others. Not a
-            buffer: data parallel training overwrites those with the first process's.
     """
 
     def __init__(self, config: MoELoraMergeConfig, in_features: int, out_features: int):
@@ -43,10 +41,7 @@ class ExpertBank(nn.Module):
         for name, shape in zip(EXPERT_TENSORS, shapes, strict=True):
             experts = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(config.num_experts))
             self.add_module(name, experts)
-        self.register_buffer("usage", torch.zeros(config.num_experts, dtype=torch.int64))
         self.register_buffer("frozen", torch.zeros(config.num_experts, dtype=torch.bool))
-        self.unshared_usage: Tensor | None = None
-        self.register_state_dict_pre_hook(_count_everything)
 
     def reset_parameters(self, init_weights: bool) -> None:
         for down, down_bias, up, up_bias in zip(*(getattr(self, name) for name in EXPERT_TENSORS), strict=True):
@@ -67,40 +62,21 @@ class ExpertBank(nn.Module):
         stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
         return mixture(x_BLD, gates_GK, positions_GK, *stacked, scaling=scaling, dropout=dropout)
 
-    def count(self, counts_E: Tensor) -> None:
-        """Add selections of this process."""
-        self.unshared_usage = counts_E if self.unshared_usage is None else self.unshared_usage + counts_E
-
-    def take_unshared_usage(self) -> Tensor:
-        """Return what this process has counted and not shared, and forget it."""
-        counts_E = torch.zeros_like(self.usage) if self.unshared_usage is None else self.unshared_usage
-        self.unshared_usage = None
-        return counts_E.to(self.usage.device)
-
     @property
     def dtype(self) -> torch.dtype:
         return self.down_weight[0].dtype
 
 
-def several_processes() -> bool:
-    """Tell whether others train the same model beside this process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _count_everything(experts: ExpertBank, prefix: str, keep_vars: bool) -> None:
-    # Alone, the process may save at any moment and no count is lost. With others it would have to wait for them here;
-    # there, the counts in a state dict are those of the last time they were shared, which is every optimizer step.
-    if not several_processes():
-        experts.usage += experts.take_unshared_usage()
-
-
 class RouterBank(nn.Module):
-    """One block's routers, one per task in the order of `config.tasks`.
+    """One block's routers, one per task in the order of `config.tasks`, and how often each selected which expert.
 
     Stored by index, not name: a task may be called anything, also what an adapter or a module is called.
 
     Attributes:
         weight, noise_weight: per task D x E.
+        usage: int64 T x E, selections in training, of all processes, as far as they have been shared.
+        unshared_usage: int64 T x E, what this process has counted since and not yet shared with the others. Not a
+            buffer: data parallel training overwrites those with the first process's.
     """
 
     def __init__(self, config: MoELoraMergeConfig, in_features: int):
@@ -108,6 +84,9 @@ class RouterBank(nn.Module):
         self.shape = (in_features, config.num_experts)
         self.weight = nn.ParameterList()
         self.noise_weight = nn.ParameterList()
+        self.register_buffer("usage", torch.zeros(0, config.num_experts, dtype=torch.int64))
+        self.unshared_usage = torch.zeros(0, config.num_experts, dtype=torch.int64, device="cpu")
+        self.register_state_dict_pre_hook(_count_everything)
         for _ in config.tasks:
             self.add_task()
 
@@ -115,6 +94,19 @@ class RouterBank(nn.Module):
         like = self.weight[0] if len(self.weight) else torch.empty(())
         for routers in (self.weight, self.noise_weight):
             routers.append(nn.Parameter(torch.zeros(self.shape, dtype=like.dtype, device=like.device)))
+        self.usage = F.pad(self.usage, (0, 0, 0, 1))
+        self.unshared_usage = F.pad(self.unshared_usage, (0, 0, 0, 1))
+
+    def count(self, task: int, counts_E: Tensor) -> None:
+        """Add selections of this process."""
+        self.unshared_usage = self.unshared_usage.to(counts_E.device)
+        self.unshared_usage[task] += counts_E
+
+    def take_unshared_usage(self) -> Tensor:
+        """Return what this process has counted and not shared, and forget it."""
+        counts_TE = self.unshared_usage
+        self.unshared_usage = torch.zeros_like(counts_TE)
+        return counts_TE.to(self.usage.device)
 
     def forward(self, x_BD: Tensor, task: int, top_k: int) -> tuple[Tensor, Tensor]:
         weight_DE, noise_DE = self.weight[task], self.noise_weight[task]
@@ -123,6 +115,18 @@ class RouterBank(nn.Module):
         with torch.autocast(x_BD.device.type, enabled=False):
             noise_DE = noise_DE.to(dtype) if self.training else None
             return top_k_gates(router_logits(x_BD.to(dtype), weight_DE.to(dtype), noise_DE), top_k)
+
+
+def several_processes() -> bool:
+    """Tell whether others train the same model beside this process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _count_everything(routers: RouterBank, prefix: str, keep_vars: bool) -> None:
+    # Alone, the process may save at any moment and no count is lost. With others it would have to wait for them here;
+    # there, the counts in a state dict are those of the last time they were shared, which is every optimizer step.
+    if not several_processes():
+        routers.usage += routers.take_unshared_usage()
 
 
 def in_backward() -> bool:
@@ -239,7 +243,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         groups = self.tasks.groups(adapter_name, x.shape[0], prompts=self.reads_prompts)
         if not groups or x.shape[0] == 0:
             return result
-        experts = self.moe_lora_experts[adapter_name]
+        experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
         x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         indices, gates = [], []
         for task, rows in groups:
@@ -249,12 +253,10 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
                 # Token 0 of a prompt sees itself alone, so it is the same vector in all of them: one decision, and in
                 # training one draw of noise, is every prompt's.
                 start_BD = start_BD[:1]
-            indices_GK, gates_GK = self.moe_lora_routers[adapter_name](
-                start_BD, task, self.moe_lora_top_k[adapter_name]
-            )
+            indices_GK, gates_GK = routers(start_BD, task, self.moe_lora_top_k[adapter_name])
             if self.training and not in_backward():
-                counts_E = selection_counts(indices_GK, experts.usage.numel())
-                experts.count(counts_E * (samples // indices_GK.shape[0]))
+                counts_E = selection_counts(indices_GK, experts.frozen.numel())
+                routers.count(task, counts_E * (samples // indices_GK.shape[0]))
             if len(groups) > 1:
                 indices_GK, gates_GK = (column.expand(samples, -1) for column in (indices_GK, gates_GK))
             indices.append(indices_GK)

@@ -182,8 +182,8 @@ class MoELoraMergeModel(BaseTuner):
             IndexError: the block has no such expert.
         """
         experts = self._of_block(self._experts(), block)
-        if not 0 <= expert < experts.usage.numel():
-            raise IndexError(f"Expert {expert} of {block!r}: it has experts 0 to {experts.usage.numel() - 1}.")
+        if not 0 <= expert < len(experts.frozen):
+            raise IndexError(f"No expert {expert} in {block!r}: it has experts 0 to {len(experts.frozen) - 1}.")
         tensors = experts.expert(expert)
         return {**tensors, "down_weight": tensors["down_weight"].T}
 
@@ -209,18 +209,13 @@ class MoELoraMergeModel(BaseTuner):
     def set_task(self, task: str | None) -> None:
         """Route all samples by this task, and train its routers and no other's. None: the model without experts.
 
-        Changing the task starts its counts at zero.
-
         Raises:
             ValueError: there is no such task.
         """
         adapter_name = self._adapter
         config = self.peft_config[adapter_name]
-        index = None if task is None else config.task_index(task)
-        if index is not None and index != config.task_index(config.current_task):
-            config.current_task = task
-            self.reset_expert_usage()
-        self.tasks.current[adapter_name] = index
+        self.tasks.current[adapter_name] = None if task is None else config.task_index(task)
+        config.current_task = config.current_task if task is None else task
         self._train_what_may_train()
 
     def _train_what_may_train(self) -> None:
@@ -245,8 +240,13 @@ class MoELoraMergeModel(BaseTuner):
 
     # -------------------------------------------------------------------------------- counting, merging, freezing
 
+    @property
+    def _task(self) -> int:
+        config = self.peft_config[self._adapter]
+        return config.task_index(config.current_task)
+
     def expert_usage(self) -> dict[str, Tensor]:
-        """Tell how often each expert was selected in training since the current task began.
+        """Tell how often the current task selected each expert in training, since it began.
 
         With several processes the counts are summed over all of them, and all of them must call.
 
@@ -254,23 +254,23 @@ class MoELoraMergeModel(BaseTuner):
             Per block, int64 of shape E.
         """
         self.share_expert_usage()
-        return {name: experts.usage.clone() for name, experts in self._experts().items()}
+        return {name: routers.usage[self._task].clone() for name, routers in self._routers().items()}
 
     def share_expert_usage(self) -> None:
         """Add what every process has counted since the last time to the usage they agree on. All must call."""
-        banks = list(self._experts().values())
+        banks = list(self._routers().values())
         device = banks[0].usage.device
-        counts_NE = torch.stack([experts.take_unshared_usage().to(device) for experts in banks])
+        counts_NTE = torch.stack([routers.take_unshared_usage().to(device) for routers in banks])
         if several_processes():
-            dist.all_reduce(counts_NE)
-        for experts, counts_E in zip(banks, counts_NE, strict=True):
-            experts.usage += counts_E.to(experts.usage.device)
+            dist.all_reduce(counts_NTE)
+        for routers, counts_TE in zip(banks, counts_NTE, strict=True):
+            routers.usage += counts_TE.to(routers.usage.device)
 
     def reset_expert_usage(self) -> None:
-        """Start counting at zero."""
-        for experts in self._experts().values():
-            experts.take_unshared_usage()
-            experts.usage.zero_()
+        """Start counting the current task's selections at zero."""
+        for routers in self._routers().values():
+            routers.unshared_usage[self._task] = 0
+            routers.usage[self._task] = 0
 
     @torch.no_grad()
     def merge_experts(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Merge]:
@@ -286,9 +286,10 @@ class MoELoraMergeModel(BaseTuner):
         """
         self.share_expert_usage()
         config = self.peft_config[self._adapter]
-        routers, merges = self._routers(), {}
-        for name, experts in self._experts().items():
-            merge = choose_merge(experts.usage, experts.frozen, experts.expert, config.merge_pair)
+        merges = {}
+        for name, layer in self._adapted().items():
+            experts, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
+            merge = choose_merge(routers.usage[self._task], experts.frozen, experts.expert, config.merge_pair)
             if merge is None:
                 continue
             union = STRATEGIES[config.merge_strategy](experts.expert(merge.first), experts.expert(merge.second))
@@ -298,8 +299,7 @@ class MoELoraMergeModel(BaseTuner):
                 if optimizer is not None:
                     optimizer.state.pop(parameter, None)
             if config.merge_router_columns == "mean":
-                task = config.task_index(config.current_task)
-                for weight_DE in (routers[name].weight[task], routers[name].noise_weight[task]):
+                for weight_DE in (routers.weight[self._task], routers.noise_weight[self._task]):
                     weight_DE[:, merge.target] = weight_DE[:, [merge.first, merge.second]].mean(dim=1)
             merges[name] = merge
         return merges
@@ -319,9 +319,11 @@ class MoELoraMergeModel(BaseTuner):
             raise ValueError(f"`top_k` must not be negative, got {top_k}.")
         self.share_expert_usage()
         newly_frozen = {}
-        for name, experts in self._experts().items():
-            newly_frozen[name] = [expert for expert in favourites(experts.usage, top_k) if not experts.frozen[expert]]
-            experts.frozen[newly_frozen[name]] = True
+        for name, layer in self._adapted().items():
+            frozen_E = layer.moe_lora_experts[self._adapter].frozen
+            usage_E = layer.moe_lora_routers[self._adapter].usage[self._task]
+            newly_frozen[name] = [expert for expert in favourites(usage_E, top_k) if not frozen_E[expert]]
+            frozen_E[newly_frozen[name]] = True
         self._train_what_may_train()
         return newly_frozen
 
@@ -368,7 +370,7 @@ class MoELoraMergeModel(BaseTuner):
                 for tensor in EXPERT_TENSORS:
                     for parameter, expert in zip(getattr(bank, tensor), kept[name], strict=True):
                         parameter.copy_(getattr(banks[name], tensor)[expert])
-                bank.usage.copy_(banks[name].usage[kept[name]])
+                router.usage.copy_(routers[name].usage[index, kept[name]])
                 bank.frozen.copy_(banks[name].frozen[kept[name]])
                 router.weight[0].copy_(routers[name].weight[index][:, kept[name]])
                 router.noise_weight[0].copy_(routers[name].noise_weight[index][:, kept[name]])
