@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTextModel
 
 from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
 
@@ -436,13 +436,13 @@ class MoELoraMergeModel(BaseTuner):
                 names = ("input_ids", "attention_mask", "position_ids")
                 return model.get_text_features(**{name: inputs.get(name) for name in names}).pooler_output
 
-        return mixed_task_output(
-            model,
-            output,
-            ids.slot_B,
-            [lambda slot=slot: encode(slot) for slot in range(1, len(ids.present))],
-            return_loss=bool(inputs.get("return_loss")),
-        )
+        return_loss = bool(inputs.get("return_loss"))
+        as_tuple = isinstance(output, tuple)
+        if as_tuple:
+            output = CLIPOutput(*output) if return_loss else CLIPOutput(None, *output)
+        further = [lambda slot=slot: encode(slot) for slot in range(1, len(ids.present))]
+        output = mixed_task_output(model, output, ids.slot_B, further, return_loss)
+        return output.to_tuple() if as_tuple else output
 
     def _enabled(self) -> bool:
         return not any(layer.disable_adapters for layer in self._layers().values())
