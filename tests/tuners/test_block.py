@@ -136,8 +136,10 @@ def test_experts_nobody_selects_are_not_computed(monkeypatch):
         )
     assert usage.sum() == 2 * 4 and indices.shape == (1, 2)
     chosen = set()
-    hook = model.base_model.model.vision_model.encoder.layers[0].mlp.moe_lora_routers["default"].register_forward_hook(
-        lambda module, args, output: chosen.update(output[0].flatten().tolist())
+    hook = (
+        model.base_model.model.vision_model.encoder.layers[0]
+        .mlp.moe_lora_routers["default"]
+        .register_forward_hook(lambda module, args, output: chosen.update(output[0].flatten().tolist()))
     )
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     model(**inputs)
@@ -188,7 +190,9 @@ def test_parameters_are_the_papers():
 
 def test_initial_expert_weights():
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(400, 30)), MoELoraMergeConfig(num_experts=3, r=64, target_modules=["0"]))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(400, 30)), MoELoraMergeConfig(num_experts=3, r=64, target_modules=["0"])
+    )
     for expert in range(3):
         tensors = model.expert_parameters("0", expert)
         assert [tuple(tensors[n].shape) for n in ("down_weight", "down_bias", "up_weight", "up_bias")] == [

@@ -69,7 +69,10 @@ def test_contrastive_loss_and_tuple_output_of_a_mixed_batch(model):
     ids = torch.tensor([0, 1, -1])
     output = model(**batch, task_ids=ids, return_loss=True)
     logits = output.logits_per_image
-    expected = (torch.nn.functional.cross_entropy(logits, torch.arange(3)) + torch.nn.functional.cross_entropy(logits.T, torch.arange(3))) / 2
+    expected = (
+        torch.nn.functional.cross_entropy(logits, torch.arange(3))
+        + torch.nn.functional.cross_entropy(logits.T, torch.arange(3))
+    ) / 2
     torch.testing.assert_close(output.loss, expected)
     as_tuple = model(**batch, task_ids=ids, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], logits)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -70,8 +70,14 @@ class MoELoraMergeModel(BaseTuner):
                 self._hooks.append(module.register_forward_pre_hook(self._before_prompts, with_kwargs=True))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        taken = {part for name, _ in model.named_modules() for part in name.split(".")}
-        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "frozen"} - set(self.peft_config)
+        adapters = {
+            name
+            for layer in model.modules()
+            if isinstance(layer, BaseTunerLayer)
+            for name in layer._get_available_adapters()
+        }
+        taken = {part for name, _ in model.named_modules() for part in name.split(".")} - adapters
+        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "frozen"}
         if adapter_name.isdigit() or adapter_name in taken:
             raise ValueError(
                 f"An adapter can't be called {adapter_name!r}: that is also a part of the weights' names, by which PEFT "
