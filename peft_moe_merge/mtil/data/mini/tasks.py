@@ -49,7 +49,14 @@ _OBJECT = Style(
 )
 _FIELD = replace(_OBJECT, background=plain("gray"), scale=(1.0, 1.3), shift=0.15, occlusion=1)
 
-_SERIF = ("STIXGeneral.ttf", "STIXGeneralItalic.ttf", "DejaVuSerif-Italic.ttf", "cmr10.ttf", "cmti10.ttf", "cmtt10.ttf")
+_SERIF = (
+    "STIXGeneral.ttf",
+    "STIXGeneralItalic.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "cmr10.ttf",
+    "cmti10.ttf",
+    "cmtt10.ttf",
+)
 
 _TABLE = (
     Task(
@@ -80,13 +87,21 @@ _TABLE = (
         "flowers",
         ("a photo of a {}, a type of flower.", "a {} in bloom."),
         flowers.CONCEPTS,
-        replace(_OBJECT, background=clutter("green", "dark green", "light green", "brown", pieces=10), tint=28, shear=0.35),
+        replace(
+            _OBJECT, background=clutter("green", "dark green", "light green", "brown", pieces=10), tint=28, shear=0.35
+        ),
     ),
     Task(
         "food",
         ("a photo of {}, a type of food.", "{} on a table."),
         food.CONCEPTS,
-        replace(_OBJECT, background=clutter("brown", "tan", "white", "light gray", pieces=4), tint=30, rotation=40, light=0.8),
+        replace(
+            _OBJECT,
+            background=clutter("brown", "tan", "white", "light gray", pieces=4),
+            tint=30,
+            rotation=40,
+            light=0.8,
+        ),
     ),
     Task(
         "letters",
@@ -104,7 +119,9 @@ _TABLE = (
         "shapes",
         ("a photo of a {}, a type of shape.", "a {} among other things."),
         shapes.CONCEPTS,
-        replace(_OBJECT, background=clutter(pieces=10), scale=(0.4, 0.8), shift=0.35, rotation=25, shear=0.25, occlusion=3),
+        replace(
+            _OBJECT, background=clutter(pieces=10), scale=(0.4, 0.8), shift=0.35, rotation=25, shear=0.25, occlusion=3
+        ),
     ),
     Task(
         "textures",
@@ -116,7 +133,9 @@ _TABLE = (
         "vehicles",
         ("a photo of a {}, a type of vehicle.", "a {} seen from the side."),
         vehicles.CONCEPTS,
-        replace(_OBJECT, background=clutter("light blue", "gray", "light gray", "dark gray", "sand", pieces=8), jitter=28),
+        replace(
+            _OBJECT, background=clutter("light blue", "gray", "light gray", "dark gray", "sand", pieces=8), jitter=28
+        ),
     ),
 )
 

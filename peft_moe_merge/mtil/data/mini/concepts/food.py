@@ -15,7 +15,9 @@ def _apple(c: Canvas) -> None:
 
 def _banana(c: Canvas) -> None:
     outer, inner = np.linspace(0.05, 0.95, 12) * np.pi, np.linspace(0.9, 0.1, 12) * np.pi
-    points = [(np.cos(t), -0.35 + np.sin(t)) for t in outer] + [(0.9 * np.cos(t), -0.4 + 0.5 * np.sin(t)) for t in inner]
+    points = [(np.cos(t), -0.35 + np.sin(t)) for t in outer] + [
+        (0.9 * np.cos(t), -0.4 + 0.5 * np.sin(t)) for t in inner
+    ]
     c.polygon(points, "yellow")
     c.disc(-0.95, -0.2, 0.1, "brown")
 
@@ -56,7 +58,14 @@ def _donut(c: Canvas) -> None:
     c.disc(0, 0, 0.92, "tan")
     c.disc(0, 0, 0.76, c.pick("pink", "brown", "white"))
     for angle in c.rng.uniform(0, 2 * np.pi, 10):
-        c.disc(0.55 * np.cos(angle), 0.55 * np.sin(angle), 0.08, c.pick("blue", "yellow", "green", "red"), 0.04, 90 * angle)
+        c.disc(
+            0.55 * np.cos(angle),
+            0.55 * np.sin(angle),
+            0.08,
+            c.pick("blue", "yellow", "green", "red"),
+            0.04,
+            90 * angle,
+        )
     c.disc(0, 0, 0.3, "dark gray")
 
 

@@ -17,7 +17,9 @@ def _halves(c: Canvas, sky: str, ground: str, low: float = -0.2, high: float = 0
 
 def _tree(c: Canvas, x: float, y: float, size: float) -> None:
     c.box(x - 0.06 * size, y - 0.3 * size, x + 0.06 * size, y, "brown")
-    c.polygon([(x - 0.4 * size, y - 0.25 * size), (x + 0.4 * size, y - 0.25 * size), (x, y - 1.2 * size)], "dark green")
+    c.polygon(
+        [(x - 0.4 * size, y - 0.25 * size), (x + 0.4 * size, y - 0.25 * size), (x, y - 1.2 * size)], "dark green"
+    )
 
 
 def _beach(c: Canvas) -> None:

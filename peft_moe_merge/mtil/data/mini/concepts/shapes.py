@@ -33,14 +33,18 @@ def _crescent() -> list[Point]:
     return [(np.cos(t), np.sin(t)) for t in outer] + [(0.4 + 0.72 * np.cos(t), 0.72 * np.sin(t)) for t in inner]
 
 
+def _cross() -> list[Point]:
+    """A plus sign: one notch, turned by four quarters."""
+    notch = np.array([(-0.33, -0.33), (-0.33, -1), (0.33, -1)])
+    quarter = np.array([[0, 1], [-1, 0]])
+    return [tuple(p) for k in range(4) for p in (notch @ np.linalg.matrix_power(quarter, k)).tolist()]
+
+
 _OUTLINES: dict[str, list[Point]] = {
     "arrow": [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)],
     "circle": regular(24),
     "crescent": _crescent(),
-    "cross": [
-        (-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33),
-        (0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33),
-    ],  # fmt: skip
+    "cross": _cross(),
     "diamond": [(0, -1), (0.62, 0), (0, 1), (-0.62, 0)],
     "heart": _heart(),
     "hexagon": regular(6),

@@ -22,7 +22,11 @@ def _start(c: Canvas) -> tuple[str, str]:
 def _grid_points(c: Canvas, step: float) -> list[tuple[int, int, float, float]]:
     phase = c.rng.uniform(0, step, 2)
     count = int(2 * _EDGE / step) + 2
-    return [(i, j, -_EDGE - step + phase[0] + step * i, -_EDGE - step + phase[1] + step * j) for j in range(count) for i in range(count)]
+    return [
+        (i, j, -_EDGE - step + phase[0] + step * i, -_EDGE - step + phase[1] + step * j)
+        for j in range(count)
+        for i in range(count)
+    ]
 
 
 def _rows(c: Canvas, step: float) -> np.ndarray:
@@ -91,7 +95,7 @@ def _honeycomb(c: Canvas) -> None:
     cell = 0.86 * radius * np.array(regular(6))
     for row, y in enumerate(np.arange(-_EDGE, _EDGE + radius, 1.5 * radius)):
         for x in np.arange(-_EDGE, _EDGE + radius, np.sqrt(3) * radius):
-            c.polygon(cell + (x + np.sqrt(3) / 2 * radius * (row % 2), y), ink)
+            c.polygon(cell + np.array([x + np.sqrt(3) / 2 * radius * (row % 2), y]), ink)
 
 
 def _scaly(c: Canvas) -> None:
