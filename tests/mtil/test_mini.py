@@ -316,6 +316,7 @@ def teacher(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_to_the_same_weights(script, teacher, tmp_path, monkeypatch):
     settings = script.Settings(text_steps=3, image_steps=3, text_batch=8, drawings=1, words=3)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
