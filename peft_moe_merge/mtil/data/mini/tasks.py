@@ -107,7 +107,15 @@ _TABLE = (
         "letters",
         ('a photo of the letter "{}".', "the capital letter {}."),
         letters.CONCEPTS,
-        replace(_OBJECT, background=clutter(pieces=3), fonts=_SERIF, rotation=25, shear=0.4, noise=16),
+        replace(
+            _OBJECT,
+            background=clutter(pieces=1),
+            fonts=_SERIF,
+            scale=(0.75, 0.95),
+            shift=0.06,
+            rotation=8,
+            occlusion=1,
+        ),
     ),
     Task(
         "scenes",
@@ -119,15 +127,13 @@ _TABLE = (
         "shapes",
         ("a photo of a {}, a type of shape.", "a {} among other things."),
         shapes.CONCEPTS,
-        replace(
-            _OBJECT, background=clutter(pieces=10), scale=(0.4, 0.8), shift=0.35, rotation=25, shear=0.25, occlusion=3
-        ),
+        replace(_OBJECT, background=clutter(pieces=3), scale=(0.65, 0.95), shift=0.1, rotation=12, occlusion=1),
     ),
     Task(
         "textures",
         ("a photo of a {} texture.", "a {} pattern.", "a surface that is {}."),
         textures.CONCEPTS,
-        replace(_FIELD, rotation=90, shear=0.35, tint=35, jitter=16, light=0.9, noise=18),
+        replace(_FIELD, rotation=45, shear=0.3, tint=30),
     ),
     Task(
         "vehicles",
