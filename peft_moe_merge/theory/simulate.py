@@ -331,7 +331,9 @@ def simulate(setting: Setting, seeds: Sequence[int]) -> Run:
             if setting.locality:
                 cost_S = cost_S + (after_SD - before_SD).norm(dim=-1)
             gradient_SMD = gate_gradient(scores_SM.softmax(-1), chosen_S, cost_S, xbar_SD)
-            gates_SMD = torch.where((frozen_at_S > 0)[:, None, None], gates_SMD, gates_SMD - setting.step_size * gradient_SMD)
+            gates_SMD = torch.where(
+                (frozen_at_S > 0)[:, None, None], gates_SMD, gates_SMD - setting.step_size * gradient_SMD
+            )
 
         error_sum_S = (heard_SMN * distance_SMN).sum((1, 2))
         chosen_rounds.append(chosen_S)
