@@ -23,11 +23,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1000, help="rounds of each run (default: %(default)s)")
     parser.add_argument(
+        "--signals",
+        choices=("cluster", "task"),
+        default="cluster",
+        help="tasks of a cluster share a signal, or each has its own (default: %(default)s)",
+    )
+    parser.add_argument(
         "--ensemble", type=int, default=ENSEMBLE, help="seeds that check the closed forms (default: %(default)s)"
     )
     args = parser.parse_args()
     try:
-        study = run_study(Setting(rounds=args.rounds), range(args.seeds), ensemble=args.ensemble)
+        study = run_study(Setting(rounds=args.rounds, signals=args.signals), range(args.seeds), ensemble=args.ensemble)
     except ValueError as error:
         parser.error(str(error))
     claims = write_study(study, args.out)

@@ -37,8 +37,8 @@ def gate_gap_flags(scores_E: Tensor, selected_K: Tensor, gap: float, rule: FlagR
     Raises:
         ValueError: unknown `rule`.
 
-    Source: after the early-termination step of Algorithm 1 in Li et al., "Theory on Mixture-of-Experts in Continual
-    Learning", ICLR 2025 (arXiv 2406.16437); the nearest selected expert for K > 1 is ours.
+    Source: after the early termination of gate updates in Li et al., "Theory on Mixture-of-Experts in Continual Learning",
+    ICLR 2025 (arXiv 2406.16437), which selects one expert; the nearest selected expert for K > 1 is ours.
     """
     if rule not in get_args(FlagRule):
         raise ValueError(f"Unknown flag rule {rule!r}: expected one of {', '.join(map(repr, get_args(FlagRule)))}.")

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 from .closed_forms import mean_task_gap, mean_task_power, single_expert_error, single_expert_forgetting
@@ -63,7 +63,7 @@ def interval(values_S: Tensor) -> tuple[Tensor, Tensor]:
     count = known.sum(0)
     mean = values_S.nanmean(0)
     variance = torch.where(known, (values_S - mean).square(), 0).sum(0) / (count - 1)
-    quantile = torch.as_tensor(student_t.ppf(0.975, (count - 1).clamp_min(1).numpy()))
+    quantile = torch.as_tensor(stdtrit((count - 1).clamp_min(1).numpy(), 0.975))
     half = quantile * (variance / count).sqrt()
     return torch.where(count > 1, mean, torch.nan), torch.where(count > 1, half, torch.nan)
 

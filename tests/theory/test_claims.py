@@ -11,7 +11,7 @@ from peft_moe_merge.theory.study import run_study
 
 @pytest.fixture(scope="module")
 def study():
-    return run_study(Setting(rounds=200), range(8), ensemble=200)
+    return run_study(Setting(rounds=150), range(8), ensemble=200)
 
 
 def verdicts(study) -> dict[str, str]:
