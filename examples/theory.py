@@ -1,12 +1,11 @@
 """Reproduce the theory of mixture-of-experts in continual learning: claims, figures and one HTML page.
 
-    python examples/theory.py --out theory-results
+    python examples/theory.py --out runs/theory
 
 takes about a minute on two cores and needs no network.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from peft_moe_merge.theory.page import final_table, write_study
@@ -17,9 +16,7 @@ from peft_moe_merge.theory.study import ENSEMBLE, run_study
 def main() -> None:
     """Parse the arguments, run the study, print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("theory-results"), help="folder to write (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/theory"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1000, help="rounds of each run (default: %(default)s)")
     parser.add_argument(
@@ -32,6 +29,8 @@ def main() -> None:
         "--ensemble", type=int, default=ENSEMBLE, help="seeds that check the closed forms (default: %(default)s)"
     )
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file: name a folder.")
     try:
         study = run_study(Setting(rounds=args.rounds, signals=args.signals), range(args.seeds), ensemble=args.ensemble)
     except ValueError as error:
@@ -49,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

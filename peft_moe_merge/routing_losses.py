@@ -3,7 +3,7 @@
 Shapes: B decisions (samples, or tokens), E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, stack
 from torch.linalg import vector_norm
@@ -60,18 +60,22 @@ def locality_loss(gates_BE: Tensor, moved_E: Tensor) -> Tensor:
     return (gates_BE * moved_E.to(gates_BE.dtype)).sum(-1).mean()
 
 
-def displacement(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """Euclidean distance each expert's weights, all tensors together, moved between two moments.
+def displacement(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensor:
+    """Euclidean distance one expert's weights, all tensors together, moved between two moments.
 
     Args:
-        now: the tensors of the expert bank, each with the experts as first dimension: `[E, ...]`.
+        now: the expert's tensors by name.
         before: the same tensors at the earlier moment.
 
     Returns:
-        Distances `[E]`. Their gradient is zero, not infinite, where an expert did not move.
+        Scalar. Its gradient is zero, not infinite, for an expert that did not move.
+
+    Raises:
+        ValueError: the two are not tensors of the same names.
     """
-    per_tensor = [vector_norm((a - b).flatten(1), dim=1) for a, b in zip(now, before, strict=True)]
-    return vector_norm(stack(per_tensor), dim=0)
+    if now.keys() != before.keys():
+        raise ValueError(f"An expert now of {sorted(now)} and before of {sorted(before)}: expected the same tensors.")
+    return vector_norm(stack([vector_norm(now[name] - before[name]) for name in now]))
 
 
 def _require_one_per_expert(gates_BE: Tensor, values_E: Tensor, name: str) -> None:

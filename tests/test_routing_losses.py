@@ -63,18 +63,18 @@ def test_losses_refuse_values_of_other_experts(loss, name):
 
 
 def test_displacement_is_the_distance_over_all_tensors_of_an_expert():
-    before = [torch.zeros(2, 3, 2), torch.zeros(2, 4)]
-    now = [before[0].clone(), before[1].clone()]
-    now[0][1, 0, 0], now[1][1, 3] = 3.0, 4.0
-    torch.testing.assert_close(displacement(now, before), torch.tensor([0.0, 5.0]))
+    before = {"down": torch.zeros(3, 2), "up": torch.zeros(4)}
+    now = {name: tensor.clone() for name, tensor in before.items()}
+    now["down"][0, 0], now["up"][3] = 3.0, 4.0
+    torch.testing.assert_close(displacement(now, before), torch.tensor(5.0))
 
 
 def test_displacement_of_an_unmoved_expert_has_zero_gradient():
-    weights = torch.ones(2, 3, requires_grad=True)
-    displacement([weights], [torch.ones(2, 3)]).sum().backward()
-    torch.testing.assert_close(weights.grad, torch.zeros(2, 3))
+    up = torch.ones(3, requires_grad=True)
+    displacement({"up": up}, {"up": torch.ones(3)}).backward()
+    torch.testing.assert_close(up.grad, torch.zeros(3))
 
 
-def test_displacement_refuses_banks_of_different_tensors():
-    with pytest.raises(ValueError):
-        displacement([torch.ones(2, 3)], [torch.ones(2, 3), torch.ones(2, 3)])
+def test_displacement_refuses_experts_of_other_tensors():
+    with pytest.raises(ValueError, match=r"\['down', 'up'\] and before of \['up'\]"):
+        displacement({"up": torch.ones(3), "down": torch.ones(3)}, {"up": torch.ones(3)})

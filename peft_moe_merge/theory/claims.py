@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from .closed_forms import mean_task_gap, mean_task_power, single_expert_error, single_expert_forgetting
-from .specialisation import at_home, cluster_loads, evenness, expert_sets, gate_gap, purity
+from .specialisation import MEASURES, gate_gap
 from .study import EXPERTS, Study
 
 Verdict = Literal["holds", "holds in part", "does not hold"]
@@ -194,17 +194,9 @@ def _even_sets(study: Study) -> Claim:
     criteria = []
     for m in EXPERTS:
         run = study.stopped[m]
-        loads_SMC = cluster_loads(run, first_round=run.setting.exploration_rounds + 1)
-        sets_SM = expert_sets(run)
-        endless_S = purity(cluster_loads(study.endless[m], first_round=run.setting.exploration_rounds + 1))
-        criteria += [
-            _below(f"{m} experts: purity without stopping below that with it", endless_S, purity(loads_SMC)),
-            _at_least(f"{m} experts: purity of an expert's rounds", purity(loads_SMC), CLEAN),
-            _at_least(
-                f"{m} experts: share of rounds heard by the cluster's own set", at_home(loads_SMC, sets_SM), CLEAN
-            ),
-            _at_least(f"{m} experts: evenness inside a set", evenness(loads_SMC, sets_SM), CLEAN),
-        ]
+        endless_S, stopped_S = MEASURES["purity"](study.endless[m]), MEASURES["purity"](run)
+        criteria.append(_below(f"{m} experts: purity without stopping below that with it", endless_S, stopped_S))
+        criteria += [_at_least(f"{m} experts: {name}", measure(run), CLEAN) for name, measure in MEASURES.items()]
     return Claim(
         "C3", "After the stop, sets of experts match clusters, and load is even inside a set.", tuple(criteria)
     )

@@ -17,7 +17,7 @@ from .closed_forms import (
     single_expert_forgetting,
 )
 from .simulate import Run
-from .specialisation import at_home, cluster_loads, evenness, expert_sets, gate_gap, loads, purity
+from .specialisation import MEASURES, gate_gap, loads
 from .study import EXPERTS, Study
 
 SINGLE, STOPPED, ENDLESS, ORACLE = "#444444", "#0072b2", "#d55e00", "#009e73"
@@ -173,7 +173,7 @@ def noise(study: Study) -> Figure:
     figure, axes = _panels(2)
     for name, colour in (("forgetting", ENDLESS), ("error", STOPPED)):
         _points(axes[0], study.noise, lambda run, name=name: _curve(run, name)[:, -1], colour, name, "o-")
-    for name, measure, colour in _measures():
+    for (name, measure), colour in zip(MEASURES.items(), (STOPPED, ORACLE, ENDLESS), strict=True):
         _points(axes[1], study.noise, measure, colour, name, "o-")
     for ax in axes:
         ax.set_xscale("symlog", linthresh=0.001)
@@ -205,9 +205,9 @@ def expert_loads(study: Study) -> Figure:
 def specialisation(study: Study) -> Figure:
     """Purity, rounds at home and evenness by number of experts."""
     figure, axes = _panels(3)
-    for ax, (name, measure, _) in zip(axes, _measures(), strict=True):
+    for ax, (name, measure) in zip(axes, MEASURES.items(), strict=True):
         _points(ax, study.stopped, measure, STOPPED, "stops", "o-")
-        _points(ax, study.endless, lambda run, measure=measure: measure(run), ENDLESS, "never stops", "o-")
+        _points(ax, study.endless, measure, ENDLESS, "never stops", "o-")
         ax.set(xlabel="experts", ylabel=name, xticks=EXPERTS, ylim=(0, 1.05))
         ax.legend()
     return figure
@@ -230,17 +230,6 @@ def flag_rules(study: Study) -> Figure:
         ax.set(xlabel="gap", ylabel="round of the stop", title=f"{m} experts", xscale="log", yscale="log")
     axes[0].legend()
     return figure
-
-
-def _measures() -> list[tuple[str, Callable[[Run], Tensor], str]]:
-    def after_stop(run: Run) -> Tensor:
-        return cluster_loads(run, run.setting.exploration_rounds + 1)
-
-    return [
-        ("purity", lambda run: purity(after_stop(run)), STOPPED),
-        ("rounds at home", lambda run: at_home(after_stop(run), expert_sets(run)), ORACLE),
-        ("evenness", lambda run: evenness(after_stop(run), expert_sets(run)), ENDLESS),
-    ]
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

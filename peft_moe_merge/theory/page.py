@@ -14,6 +14,7 @@ import torch
 from .claims import Claim, judge, show
 from .figures import draw_all
 from .simulate import Run
+from .specialisation import MEASURES
 from .study import Study
 
 STYLE = """
@@ -45,7 +46,7 @@ def write_study(study: Study, folder: Path) -> list[Claim]:
         figure.savefig(buffer, format="png", dpi=110)
         pictures[name] = (buffer.getvalue(), caption)
         _write(folder / f"{name}.png", buffer.getvalue())
-    _write(folder / "results.json", json.dumps(_numbers(study, claims), indent=1).encode())
+    _write(folder / "results.json", json.dumps(_numbers(study, claims), indent=1, allow_nan=False).encode())
     _write(folder / "index.html", _page(study, claims, pictures).encode())
     return claims
 
@@ -81,11 +82,11 @@ def _numbers(study: Study, claims: list[Claim]) -> dict:
 
 
 def _final(run: Run) -> dict:
-    return {
-        "forgetting": run.forgetting_ST[:, -1].tolist(),
-        "error": run.error_ST[:, -1].tolist(),
-        "frozen_at": run.frozen_at_S.tolist(),
-    }
+    values = {"forgetting": run.forgetting_ST[:, -1], "error": run.error_ST[:, -1], "frozen_at": run.frozen_at_S}
+    if run.setting.routing == "gate" and run.setting.experts > 1:
+        values |= {name: measure(run) for name, measure in MEASURES.items()}
+    # JSON has no nan: what is undefined for a seed is null.
+    return {name: [None if x != x else x for x in values_S.tolist()] for name, values_S in values.items()}
 
 
 def _page(study: Study, claims: list[Claim], pictures: dict[str, tuple[bytes, str]]) -> str:

@@ -9,7 +9,8 @@ Shapes: S seeds, T rounds, N tasks, C clusters of similar tasks, M experts, D fe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..routing_stop import FlagRule, update_flags
+from peft_moe_merge.routing_stop import FlagRule, update_flags
 
 Routing = Literal["gate", "task", "cluster"]
 Signals = Literal["cluster", "task", "none"]
@@ -282,8 +283,12 @@ def simulate(setting: Setting, seeds: Sequence[int]) -> Run:
         ValueError: no seeds, or linearly dependent samples.
     """
     _require(len(seeds) > 0, "seeds is empty: expected at least one.")
-    stream = draw_stream(setting, seeds)
-    S, M, N = len(seeds), setting.experts, setting.tasks
+    with _one_thread():
+        return _play(setting, draw_stream(setting, seeds))
+
+
+def _play(setting: Setting, stream: Stream) -> Run:
+    S, M, N = len(stream.tasks_ST), setting.experts, setting.tasks
     every_S = torch.arange(S)
     owner_N = torch.arange(N) if setting.routing == "task" else setting.cluster_of_task
 
@@ -353,6 +358,17 @@ def simulate(setting: Setting, seeds: Sequence[int]) -> Run:
         gates_SMD=gates_SMD,
         experts_SMD=experts_SMD,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A round is too little work to share: on busy cores, waiting for a second thread takes far longer than the round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _require(condition: bool, message: str) -> None:

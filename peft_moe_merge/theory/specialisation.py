@@ -3,6 +3,8 @@
 Shapes: S seeds, T rounds, N tasks, C clusters, M experts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -77,3 +79,15 @@ def evenness(loads_SMC: Tensor, sets_SM: Tensor) -> Tensor:
     size_SC = members_SMC.sum(1)
     relative_SC = torch.where((size_SC > 1) & (total_SC > 0), entropy_SC / size_SC.clamp_min(2).log(), torch.nan)
     return relative_SC.nanmean(1)
+
+
+def _explored(run: Run) -> Tensor:
+    return cluster_loads(run, run.setting.exploration_rounds + 1)
+
+
+# Each `[S]`, over the rounds after exploration, whether or not the gate stopped then.
+MEASURES: dict[str, Callable[[Run], Tensor]] = {
+    "purity": lambda run: purity(_explored(run)),
+    "rounds at home": lambda run: at_home(_explored(run), expert_sets(run)),
+    "evenness": lambda run: evenness(_explored(run), expert_sets(run)),
+}

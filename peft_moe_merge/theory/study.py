@@ -57,11 +57,13 @@ def run_study(base: Setting, seeds: Sequence[int], ensemble: int = ENSEMBLE) -> 
         The runs.
 
     Raises:
-        ValueError: fewer than two seeds, or a setting of the study does not fit `base` (too few rounds for the
+        ValueError: too few seeds, or a setting of the study does not fit `base` (too few rounds for the
             exploration of the most experts, for instance). Raised before anything is simulated.
     """
     if len(seeds) < 2:
         raise ValueError(f"seeds={list(seeds)}: intervals over seeds need at least two.")
+    if ensemble < 1:
+        raise ValueError(f"ensemble={ensemble}: the check of the closed forms needs at least one seed.")
     settings: dict[str, dict] = {
         "single": {1: replace(base, experts=1, stop=False)},
         "stopped": {m: replace(base, experts=m, explore=None) for m in EXPERTS},

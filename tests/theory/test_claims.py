@@ -83,6 +83,8 @@ def test_formulas_fail_when_the_simulation_is_off(study):
 def test_a_study_needs_seeds_for_an_interval_and_rounds_for_the_exploration():
     with pytest.raises(ValueError, match="at least two"):
         run_study(Setting(), [0])
+    with pytest.raises(ValueError, match="ensemble=0"):
+        run_study(Setting(), range(2), ensemble=0)
     with pytest.raises(ValueError, match="exploration takes 100 rounds"):
         run_study(Setting(rounds=60), range(2))
 

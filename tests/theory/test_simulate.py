@@ -294,3 +294,16 @@ def test_exploration_may_exceed_the_rounds_of_a_gate_that_never_stops():
 def test_no_seeds_is_an_error():
     with pytest.raises(ValueError, match="seeds is empty"):
         simulate(Setting(), [])
+
+
+def test_threads_are_the_callers_again_afterwards_even_when_it_fails():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        simulate(Setting(rounds=30), [0])
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="Singular"):
+            simulate(Setting(rounds=30, sample_scale=1e-320), [0])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

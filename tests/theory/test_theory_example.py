@@ -56,6 +56,7 @@ def test_numbers_are_those_of_the_simulation(written):
     ):
         again = simulate(setting, range(3))
         torch.testing.assert_close(torch.tensor(results["runs"][name]["error"]).double(), again.error_ST[:, -1])
+        assert ("purity" in results["runs"][name]) == (setting.experts > 1)
         assert results["runs"][name]["frozen_at"] == again.frozen_at_S.tolist()
     for claim in results["claims"]:
         assert f"{claim['name']}: {claim['verdict']}." in printed
@@ -68,3 +69,8 @@ def test_bad_arguments_end_before_anything_is_written(tmp_path):
     assert done.returncode == 2
     assert "exploration takes 100 rounds" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "results").exists()
+
+    (tmp_path / "taken").write_text("mine")
+    done = run(tmp_path / "taken")
+    assert done.returncode == 2 and "is a file" in done.stderr
+    assert (tmp_path / "taken").read_text() == "mine"
