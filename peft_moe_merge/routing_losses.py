@@ -30,8 +30,10 @@ def balance_loss(gates_BE: Tensor, counts_E: Tensor) -> Tensor:
     Source: Fedus, Zoph, Shazeer, "Switch Transformers", JMLR 2022, section 2.2 (arXiv 2101.03961).
     """
     _require_one_per_expert(gates_BE, counts_E, "counts_E")
-    counts_E = counts_E.detach().to(gates_BE.dtype)
-    load_E = counts_E / counts_E.sum().clamp_min(1)
+    counts_E = counts_E.detach()
+    load_E = (counts_E / counts_E.sum().clamp_min(1)).to(
+        gates_BE.dtype
+    )  # shares fit any dtype, a task's counts do not
     return len(load_E) * (load_E * gates_BE.flatten(0, -2).mean(0)).sum()
 
 

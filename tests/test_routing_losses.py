@@ -36,6 +36,13 @@ def test_balance_loss_counts_carry_no_gradient_and_may_be_empty():
     assert balance_loss(probs_BE, torch.zeros(2)) == 0
 
 
+def test_balance_loss_of_a_whole_tasks_counts_fits_half_precision():
+    probs_BE, counts_E = probabilities(4, 3), torch.tensor([100_000, 20_000, 8_000])
+    loss = balance_loss(probs_BE.half(), counts_E)
+    assert loss.dtype == torch.float16
+    torch.testing.assert_close(loss.double(), balance_loss(probs_BE, counts_E), rtol=0.01, atol=0)
+
+
 def test_locality_loss_is_the_mean_over_decisions_of_gate_times_distance():
     gates_BE = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.9, 0.1]])
     loss = locality_loss(gates_BE, torch.tensor([2.0, 4.0, 10.0]))
