@@ -81,6 +81,9 @@ def run_study(base: Setting, seeds: Sequence[int], ensemble: int = ENSEMBLE) -> 
             for gap in GAPS
         },
     }
+    explored = max(setting.exploration_rounds for setting in settings["stopped"].values())
+    if base.rounds <= explored:
+        raise ValueError(f"rounds={base.rounds}: exploration takes {explored}, and the claims need rounds after it.")
     brief = {
         kind: replace(base, experts=1, stop=False, rounds=ENSEMBLE_ROUNDS, signals=kind)
         for kind in dict.fromkeys(("none", base.signals))

@@ -87,6 +87,8 @@ def test_a_study_needs_seeds_for_an_interval_and_rounds_for_the_exploration():
         run_study(Setting(), range(2), ensemble=0)
     with pytest.raises(ValueError, match="exploration takes 100 rounds"):
         run_study(Setting(rounds=60), range(2))
+    with pytest.raises(ValueError, match="rounds=100: exploration takes 100"):
+        run_study(Setting(rounds=100), range(2))
 
 
 def test_runs_of_a_study_meet_the_same_data(study):
