@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .canvas import IMAGE_SIZE, render
-from .tasks import TASKS, Task
+from .tasks import TASKS, MiniTask
 
-__all__ = ["IMAGE_SIZE", "TASKS", "Task", "load_task", "mini_clip_path"]
+__all__ = ["IMAGE_SIZE", "TASKS", "MiniTask", "load_task", "mini_clip_path"]
 
 _SPLITS = ("train", "test")
 _DIGITS_TRAIN_SHARE = 0.65
