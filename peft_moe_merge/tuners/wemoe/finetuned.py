@@ -130,10 +130,13 @@ def _align(state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Ten
     """Give the tensors of a part of the model, such as a `CLIPVisionModel`, their names in the whole model."""
     if any(name in parameters for name in state):
         return state
-    for part in {name.partition(".")[0] for name in parameters}:
-        if any(f"{part}.{name}" in parameters for name in state):
-            return {f"{part}.{name}": tensor for name, tensor in state.items()}
-    return state
+
+    def fitting(part: str) -> int:
+        names = ((f"{part}.{name}", tensor) for name, tensor in state.items())
+        return sum(name in parameters and parameters[name].shape == tensor.shape for name, tensor in names)
+
+    part = max(sorted({name.partition(".")[0] for name in parameters}), key=fitting)
+    return {f"{part}.{name}": tensor for name, tensor in state.items()} if fitting(part) else state
 
 
 def _check_tensors(task: str, state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:

@@ -33,13 +33,14 @@ def truncate(deltas_TOI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
 
     It comes from the eigenvectors of the smaller Gram matrix, in float64: for some hundred matrices of an MLP's size
     this takes a fraction of a full decomposition, and squaring the condition number costs accuracy only in components
-    below 1e-8 of the largest.
+    below 1e-8 of the largest. Components that are no more than rounding, as in the task vector of a LoRA, are zero.
 
     Returns:
         `down_TRI`, right singular vectors by descending singular value, and `up_TRO`, left ones times singular
-        values, with `deltas_TOI ≈ up_TROᵀ · down_TRI`. Components of a matrix of lower rank are zero.
+        values, with `deltas_TOI ≈ up_TROᵀ · down_TRI`.
     """
     outputs, inputs = deltas_TOI.shape[1:]
+    rounding = max(1e-8, max(outputs, inputs) * torch.finfo(deltas_TOI.dtype).eps)
     down_TRI = deltas_TOI.new_zeros(len(deltas_TOI), rank, inputs)
     up_TRO = deltas_TOI.new_zeros(len(deltas_TOI), rank, outputs)
     for delta_OI, down_RI, up_RO in zip(deltas_TOI.double(), down_TRI, up_TRO, strict=True):
@@ -47,7 +48,7 @@ def truncate(deltas_TOI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
         basis = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)[:, :rank].T  # [r, the smaller side]
         image = basis @ tall.T  # [r, the larger side]: singular values times singular vectors
         length = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        present = length > 1e-8 * length.amax()
+        present = length > rounding * length.amax()
         basis = basis * present
         image = image * present
         if inputs <= outputs:
