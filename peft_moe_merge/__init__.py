@@ -3,4 +3,8 @@
 Importing this package registers its methods with PEFT.
 """
 
+from .callback import ExpertMergeCallback
+from .tuners.moe_lora_merge import MoELoraMergeConfig, MoELoraMergeModel
+
+__all__ = ["ExpertMergeCallback", "MoELoraMergeConfig", "MoELoraMergeModel"]
 __version__ = "0.1.0"

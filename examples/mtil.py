@@ -1,0 +1,111 @@
+"""Let a CLIP learn a stream of image tasks, and see what it keeps.
+
+    accelerate launch examples/mtil.py                             # handwritten digits, a small CLIP made on the spot
+    accelerate launch examples/mtil.py --suite my_images --model openai/clip-vit-base-patch16 --mixed_precision bf16
+
+`--suite` takes a folder `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on with `--resume`.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
+
+from peft_moe_merge.mtil.clip import load_clip, small_clip
+from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.data.folders import load_folders
+from peft_moe_merge.mtil.data.task import Task
+from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.report.figures import save_figures
+from peft_moe_merge.mtil.report.tables import print_results
+from peft_moe_merge.mtil.results import empty_results, run_result, write_results
+from peft_moe_merge.mtil.settings import setting
+from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+
+
+@dataclass
+class RunSettings:
+    """What to run, and where."""
+
+    suite: str = setting("digits", "'digits', or a folder of tasks")
+    tasks: list[str] | None = setting(None, "which tasks of the suite, in which order; default: all")
+    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; default: a small untrained one")
+    methods: list[str] = setting(["zero_shot", "moe_lora_merge"], f"any of {', '.join(METHODS)}")
+    seeds: list[int] = setting([42], "one run each")
+    output_dir: str = setting("runs/mtil", "where checkpoints, results and pictures go")
+    resume: bool = setting(False, "go on with the run in the output folder")
+    stop_after: int | None = setting(None, "leave after so many tasks; --resume goes on")
+    mixed_precision: str = setting("no", "no, bf16 or fp16")
+    cpu: bool = setting(False, "do not use a GPU")
+    log_with: str | None = setting(None, "tracker for losses and accuracies: tensorboard or wandb")
+
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"Unknown methods {unknown}; there are {list(METHODS)}.")
+
+
+def load_tasks(run: RunSettings, progress: bool) -> list[Task]:
+    if run.suite != "digits":
+        return load_folders(run.suite, run.tasks, progress=progress)
+    tasks = {task.name: task for task in load_digit_tasks()}
+    unknown = [name for name in run.tasks or () if name not in tasks]
+    if unknown:
+        raise ValueError(f"The digits have no task {unknown}. Tasks: {list(tasks)}.")
+    return [tasks[name] for name in run.tasks or tasks]
+
+
+def build_clip(run: RunSettings, tasks: list[Task]) -> tuple[CLIPModel, CLIPProcessor]:
+    if run.model is not None:
+        return load_clip(run.model)
+    return small_clip(prompt for task in tasks for template in task.templates for prompt in task.prompts(template))
+
+
+def main() -> None:
+    parser = HfArgumentParser((RunSettings, StreamSettings, MethodSettings), description=__doc__)
+    run, stream_settings, method_settings = parser.parse_args_into_dataclasses()
+    output_dir = Path(run.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        cpu=run.cpu,
+        log_with=run.log_with,
+        project_dir=output_dir,
+        # a step trains only the experts that were selected in it
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings)}
+    if run.log_with:
+        accelerator.init_trackers("mtil")
+    tasks = load_tasks(run, progress=accelerator.is_main_process)
+    results = empty_results(run.suite, [task.name for task in tasks], settings)
+
+    for name in run.methods:
+        for seed in run.seeds:
+            progress = run_stream(
+                tasks,
+                lambda name=name: METHODS[name](*build_clip(run, tasks), method_settings),
+                stream_settings,
+                output_dir / name / f"seed_{seed}",
+                accelerator,
+                seed=seed,
+                resume=run.resume,
+                stop_after=run.stop_after,
+            )
+            if len(progress.matrix) == len(tasks):
+                results["methods"].setdefault(name, []).append(run_result(seed, progress))
+            else:
+                accelerator.print(f"{name}, seed {seed}: {len(progress.matrix)} of {len(tasks)} tasks done")
+
+    if accelerator.is_main_process and results["methods"]:
+        write_results(output_dir / "results.json", results)
+        print_results(results)
+        for file in save_figures(results, output_dir / "figures"):
+            print(f"picture: {file}")
+        print(f"results: {output_dir / 'results.json'}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""When experts merge and freeze. What then happens is the model's business."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .merging import Merge
+
+
+class ExpertMergeCallback(TrainerCallback):
+    """Merges experts every so many optimizer steps, and freezes a task's favourites when its training ends.
+
+    In a `Trainer`, pass it in `callbacks`; one `train()` is one task. In a loop of your own, call the same object:
+
+    ```python
+    callback.begin_task(model)
+    for batch in loader:
+        ...
+        optimizer.step()
+        callback.step(model, optimizer)
+    callback.end_task(model)
+    ```
+
+    Args:
+        merge_every: optimizer steps between merges, the merging cycle M; None never merges.
+        freeze_top_k: how many of a task's most selected experts freeze, per block, when the task ends; 0 freezes none.
+        optimizer_state: what the optimizer knows of an overwritten expert: "reset" forgets it, "keep" does not.
+
+    Attributes:
+        steps: optimizer steps since the task began.
+        merges: what merged since then, `(steps, {block: Merge})`.
+
+    Raises:
+        ValueError: for values that make no sense.
+    """
+
+    def __init__(
+        self,
+        merge_every: int | None = 100,
+        freeze_top_k: int = 2,
+        optimizer_state: Literal["reset", "keep"] = "reset",
+    ):
+        if merge_every is not None and merge_every < 1:
+            raise ValueError(f"`merge_every` counts optimizer steps, at least 1, or is None; got {merge_every}.")
+        if freeze_top_k < 0:
+            raise ValueError(f"`freeze_top_k` must not be negative, got {freeze_top_k}.")
+        if optimizer_state not in ("reset", "keep"):
+            raise ValueError(f"`optimizer_state` must be 'reset' or 'keep', got {optimizer_state!r}.")
+        self.merge_every = merge_every
+        self.freeze_top_k = freeze_top_k
+        self.optimizer_state = optimizer_state
+        self.steps = 0
+        self.merges: list[tuple[int, dict[str, Merge]]] = []
+        self._warned = False
+
+    def begin_task(self, model: nn.Module, *, steps: int = 0) -> None:
+        """Start counting, at zero or, when a task is resumed, where its training left off.
+
+        Args:
+            model: the model, also inside a wrapper for parallel training.
+            steps: optimizer steps that the task has behind it; the model then brings its counts along.
+
+        Raises:
+            TypeError: the model has no experts that could merge.
+        """
+        model = self._unwrap(model)
+        self.steps = steps
+        self.merges = []
+        if steps == 0:
+            model.reset_expert_usage()
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Call after every optimizer step, in all processes. Merges when it is time."""
+        if getattr(optimizer, "step_was_skipped", False):  # by a gradient scaler that met an overflow
+            return
+        self.steps += 1
+        model = self._unwrap(model)
+        if self.merge_every is None or self.steps % self.merge_every:
+            model.share_expert_usage()
+            return
+        merges = model.merge_experts(optimizer if self.optimizer_state == "reset" else None)
+        self.merges.append((self.steps, merges))
+        unmerged = len(model.frozen_experts()) - len(merges)
+        if unmerged and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{unmerged} of {unmerged + len(merges)} blocks had no merge at step {self.steps}: their experts were "
+                "not selected, are fewer than three, or are all frozen. With `num_experts` too small for the number of "
+                "tasks, late tasks have nothing left to train.",
+                stacklevel=2,
+            )
+
+    def end_task(self, model: nn.Module) -> None:
+        """Freeze the task's favourites. Call once when its training is over, in all processes."""
+        self._unwrap(model).freeze_experts(self.freeze_top_k)
+
+    @staticmethod
+    def _unwrap(model: nn.Module) -> Any:
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        if not hasattr(model, "merge_experts"):
+            raise TypeError(
+                f"ExpertMergeCallback needs a model with experts, `get_peft_model(model, MoELoraMergeConfig(...))`; "
+                f"got {type(model).__name__}."
+            )
+        return model
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.begin_task(model, steps=state.global_step)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        self.step(model, optimizer)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.end_task(model)

@@ -1,0 +1,110 @@
+"""What a continual learning method is to the stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPProcessor
+
+from ..data.batches import Batch
+from ..data.task import Task
+from ..settings import setting
+
+
+@dataclass
+class MethodSettings:
+    """What methods can be told; each takes what concerns it. The defaults are those of arXiv 2405.11530."""
+
+    label_smoothing: float = setting(0.2, "of the cross-entropy")
+    num_experts: int = setting(55, "experts per block")
+    top_k: int = setting(2, "experts that a sample takes")
+    r: int = setting(64, "bottleneck rank of an expert")
+    merge_every: int = setting(100, "optimizer steps between merges of experts")
+    freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
+    merge_strategy: str = setting("average", "how two experts become one: average or aligned")
+    merge_pair: str = setting("most_used", "which two experts merge: most_used or most_similar")
+
+
+class Method(ABC):
+    """Learns one task after another. One instance runs one stream.
+
+    The stream calls `begin_task`, then per step `loss` and `after_step`, then `end_task`; and between tasks, for the
+    accuracies, `prepare_evaluation` and the two `features`.
+
+    Attributes:
+        model: what is trained, and saved.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool] = True
+
+    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: MethodSettings):
+        self.model: nn.Module = clip
+        self.processor = processor
+        self.settings = settings
+        clip.logit_scale.requires_grad_(False)
+
+    def begin_task(self, task: Task) -> None:
+        """Get ready to train a task."""
+        self.prompts = self.tokenize(task.prompts(task.templates[0]))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer of the current task gets."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of the images' similarities to all class prompts of the task, encoded anew each step.
+
+        Args:
+            model: `self.model`, perhaps wrapped for parallel training; gradients must go through it.
+            batch: on the model's device.
+        """
+        device = batch["pixel_values"].device
+        prompts = {name: tensor.to(device) for name, tensor in self.prompts.items()}
+        logits_BC = model(pixel_values=batch["pixel_values"], **prompts).logits_per_image
+        return F.cross_entropy(logits_BC.float(), batch["labels"], label_smoothing=self.settings.label_smoothing)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act after an optimizer step."""
+
+    def end_task(self) -> None:
+        """Act when a task's training is over."""
+
+    def prepare_evaluation(self, task: Task) -> None:
+        """Get ready to be tested on a task, learnt or not."""
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Encode images: B x P, of unit length."""
+        return F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1)
+
+    def class_features(self, task: Task, device: torch.device) -> Tensor:
+        """Encode classes, the mean over the task's templates: C x P, of unit length."""
+        per_template = []
+        for template in task.templates:
+            prompts = {name: tensor.to(device) for name, tensor in self.tokenize(task.prompts(template)).items()}
+            per_template.append(F.normalize(self.model.get_text_features(**prompts).pooler_output.float(), dim=-1))
+        return F.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenize prompts, padded to the longest: under CLIP's causal mask that is exact, and cheaper than 77."""
+        tokens = self.processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def story(self) -> dict[str, Any]:
+        """Tell what happened inside during the task just ended, for the report: fields of `Progress`."""
+        return {}
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write all that was learnt, as safetensors and JSON."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""

@@ -1,0 +1,200 @@
+"""The protocol: train a task, end it, test on all tasks; then the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from . import checkpoint
+from .checkpoint import Progress
+from .data.batches import test_batches, train_batches
+from .data.task import Task
+from .methods import Method
+from .settings import setting
+
+
+@dataclass
+class StreamSettings:
+    """How a stream trains. The defaults are those of arXiv 2405.11530."""
+
+    steps: int = setting(1000, "optimizer steps per task")
+    batch_size: int = setting(64, "images per step, over all processes")
+    lr: list[float] = setting([1e-3], "peak learning rate, or one per task")
+    weight_decay: float = setting(0.0, "of AdamW")
+    warmup_steps: int | None = setting(None, "of the cosine schedule; default: 100, or a tenth of the steps if less")
+    crop_scale: float = setting(0.9, "smallest part of an image's area that a random-resized crop keeps")
+    max_grad_norm: float | None = setting(None, "clip gradients to this norm; default: do not")
+    eval_batch_size: int = setting(256, "images per batch and process when testing")
+    num_workers: int = setting(0, "processes that decode images")
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
+        if self.warmup_steps is None:
+            self.warmup_steps = min(100, self.steps // 10)
+
+    def lr_of(self, position: int) -> float:
+        """Return the peak learning rate of the task at this position."""
+        return self.lr[position] if len(self.lr) > 1 else self.lr[0]
+
+
+def run_stream(
+    tasks: list[Task],
+    build_method: Callable[[], Method],
+    settings: StreamSettings,
+    output_dir: str | Path,
+    accelerator: Accelerator,
+    *,
+    seed: int = 42,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> Progress:
+    """Let one method learn the tasks in order.
+
+    Args:
+        tasks: the stream.
+        build_method: makes the method, with its model, anew.
+        settings: how it trains.
+        output_dir: where checkpoints go, one per learnt task, the latest of which stays.
+        accelerator: device, precision, processes, trackers.
+        seed: of everything random.
+        resume: go on where an earlier run in `output_dir` was interrupted; the result is the same.
+        stop_after: leave after so many tasks, as if interrupted.
+
+    Returns:
+        The accuracies after each task and what else is to be told.
+
+    Raises:
+        FileExistsError: `output_dir` holds a run and `resume` is off.
+        ValueError: the tasks or settings contradict themselves, or differ from those of the run to be resumed.
+    """
+    _check(tasks, settings, accelerator)
+    output_dir = Path(output_dir)
+    set_seed(seed)
+    method = build_method()
+    told = {"tasks": [task.name for task in tasks], "seed": seed, **asdict(settings), **asdict(method.settings)}
+    progress = Progress(settings=told)
+    if checkpoint.newest(output_dir) is not None and not resume:
+        raise FileExistsError(
+            f"{str(output_dir)!r} holds a run already. Go on with it by `resume=True` (`--resume`), or choose another "
+            "output folder."
+        )
+    done = checkpoint.load(output_dir, told)
+    if done is not None:
+        progress, weights = done
+        method.load(weights)
+
+    for position, task in enumerate(tasks[:stop_after]):
+        if position < len(progress.matrix):
+            continue
+        began = time.perf_counter()
+        task_seed = seed + 1_000_003 * (position + 1)
+        set_seed(task_seed)
+        if method.trains:
+            _train_task(method, task, settings, settings.lr_of(position), task_seed, progress, accelerator)
+        row = [accuracy(method, other, settings, accelerator) for other in tasks]
+        progress.matrix.append(row)
+        progress.seconds += time.perf_counter() - began
+        if accelerator.trackers:
+            accelerator.log(
+                {f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)}, step=position
+            )
+        if accelerator.is_main_process:
+            checkpoint.save(output_dir, progress, method.save)
+        accelerator.wait_for_everyone()
+    return progress
+
+
+def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator) -> None:
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"A stream needs tasks with names of their own, got {names}.")
+    if len(settings.lr) not in (1, len(tasks)):
+        raise ValueError(f"{len(settings.lr)} learning rates for {len(tasks)} tasks: give one, or one per task.")
+    if settings.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size={settings.batch_size} can't be divided among {accelerator.num_processes} processes."
+        )
+
+
+def _train_task(
+    method: Method,
+    task: Task,
+    settings: StreamSettings,
+    lr: float,
+    seed: int,
+    progress: Progress,
+    accelerator: Accelerator,
+) -> None:
+    method.begin_task(task)
+    parameters = method.trainable_parameters()
+    progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+    batches = train_batches(
+        task.train,
+        method.processor.image_processor,
+        steps=settings.steps * accelerator.num_processes,
+        batch_size=settings.batch_size // accelerator.num_processes,
+        seed=seed,
+        crop_scale=settings.crop_scale,
+        num_workers=settings.num_workers,
+    )
+    model, optimizer, batches = accelerator.prepare(method.model, optimizer, batches)
+    model.train()
+    losses = []
+    bar = tqdm(batches, desc=task.name, disable=not accelerator.is_main_process, leave=False)
+    for batch in bar:
+        loss = method.loss(model, batch)
+        accelerator.backward(loss)
+        if settings.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        if not optimizer.step_was_skipped:
+            schedule.step()
+        optimizer.zero_grad()
+        method.after_step(optimizer)
+        losses.append(loss.detach())
+        if len(losses) % 10 == 0:
+            bar.set_postfix(loss=f"{losses[-1].item():.3f}")
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    method.end_task()
+    progress.losses.append([round(loss, 6) for loss in torch.stack(losses).tolist()])
+    for name, value in method.story().items():
+        getattr(progress, name).append(value)
+
+
+@torch.no_grad()
+def accuracy(method: Method, task: Task, settings: StreamSettings, accelerator: Accelerator) -> float:
+    """Test on a task's test images against its own classes. Top-1, in percent."""
+    method.model.to(accelerator.device).eval()
+    method.prepare_evaluation(task)
+    batches = accelerator.prepare(
+        test_batches(
+            task.test,
+            method.processor.image_processor,
+            batch_size=settings.eval_batch_size,
+            num_workers=settings.num_workers,
+        )
+    )
+    correct = total = 0
+    with accelerator.autocast():
+        classes_CP = method.class_features(task, accelerator.device)
+        for batch in batches:
+            predicted_B = (method.image_features(batch["pixel_values"]) @ classes_CP.T).argmax(dim=1)
+            hits_B = accelerator.gather_for_metrics(predicted_B == batch["labels"])
+            correct += int(hits_B.sum())
+            total += len(hits_B)
+    return 100.0 * correct / total

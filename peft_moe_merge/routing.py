@@ -1,0 +1,55 @@
+"""Which experts does a sample take, and with what weight? Pure functions on tensors.
+
+Shapes: B samples, D width, E experts, K = top_k.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Keeps the noise of a router that has learnt to be certain from vanishing altogether.
+MINIMAL_NOISE = 0.01
+
+
+def router_logits(x_BD: Tensor, weight_DE: Tensor, noise_weight_DE: Tensor | None = None) -> Tensor:
+    """Score every expert for every sample.
+
+    Args:
+        x_BD: what the router looks at, token 0 of each sample.
+        weight_DE: the task's router, without bias.
+        noise_weight_DE: the task's noise scale; given in training only. Adds `normal(0, 1) * (softplus(x N) + 0.01)`
+            to the scores, the "noisy top-k" by which experts are explored (arXiv 2403.11549, section 3).
+
+    Returns:
+        logits_BE.
+    """
+    logits_BE = x_BD @ weight_DE
+    if noise_weight_DE is not None:
+        scale_BE = F.softplus(x_BD @ noise_weight_DE) + MINIMAL_NOISE
+        logits_BE = logits_BE + torch.randn_like(scale_BE) * scale_BE
+    return logits_BE
+
+
+def top_k_gates(logits_BE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose the `top_k` best scored experts of each sample and weigh them against one another.
+
+    The softmax runs over the chosen logits only; every other expert's gate is zero. Between equal scores the lower
+    index wins, so a router that is still all zeros decides the same way on every device.
+
+    Returns:
+        indices_BK (int64) in descending order of score, and gates_BK, which sum to one in each row.
+    """
+    logits_BK, indices_BK = (column[:, :top_k] for column in logits_BE.sort(dim=-1, descending=True, stable=True))
+    return indices_BK, logits_BK.softmax(dim=-1)
+
+
+def selection_counts(indices_BK: Tensor, num_experts: int) -> Tensor:
+    """Count how often each expert was chosen: each sample adds 1 to each of its K experts.
+
+    Returns:
+        counts_E (int64).
+    """
+    chosen = indices_BK.flatten()
+    return torch.zeros(num_experts, dtype=torch.int64, device=chosen.device).scatter_add_(
+        0, chosen, torch.ones_like(chosen)
+    )

@@ -1,0 +1,355 @@
+"""The adapted modules and the two banks that hold their state.
+
+Shapes: B samples, L tokens, D input width, O output width, R bottleneck rank, E experts, K top_k, T tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_moe_merge.experts import distinct_experts, mixture, stack
+from peft_moe_merge.merging import Expert
+from peft_moe_merge.routing import router_logits, selection_counts, top_k_gates
+
+from .config import MoELoraMergeConfig
+from .tasks import TaskState
+
+EXPERT_TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
+
+
+class ExpertBank(nn.Module):
+    """One block's experts, shared by all tasks, and which of them are frozen.
+
+    Every expert has parameters of its own. So an expert that nobody selected has no gradient, and any optimizer leaves
+    it alone and keeps no state for it; a frozen one is simply a parameter that requires none.
+
+    Attributes:
+        down_weight, down_bias, up_weight, up_bias: per expert R x D, R, R x O, O (unit by unit, see `experts`).
+        frozen: bool E.
+    """
+
+    def __init__(self, config: MoELoraMergeConfig, in_features: int, out_features: int):
+        super().__init__()
+        shapes = ((config.r, in_features), (config.r,), (config.r, out_features), (out_features,))
+        for name, shape in zip(EXPERT_TENSORS, shapes, strict=True):
+            experts = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(config.num_experts))
+            self.add_module(name, experts)
+        self.register_buffer("frozen", torch.zeros(config.num_experts, dtype=torch.bool))
+
+    def reset_parameters(self, init_weights: bool) -> None:
+        for down, down_bias, up, up_bias in zip(*(getattr(self, name) for name in EXPERT_TENSORS), strict=True):
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            nn.init.zeros_(down_bias)
+            if init_weights:
+                nn.init.zeros_(up)
+            else:
+                nn.init.kaiming_uniform_(up.T, a=math.sqrt(5))
+            nn.init.zeros_(up_bias)
+
+    def expert(self, index: int) -> Expert:
+        """Return one expert's tensors, without gradient, sharing their memory."""
+        return {name: getattr(self, name)[index].detach() for name in EXPERT_TENSORS}
+
+    def forward(self, x_BLD: Tensor, indices_GK: Tensor, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
+        experts, positions_GK = distinct_experts(indices_GK)
+        stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
+        return mixture(x_BLD, gates_GK, positions_GK, *stacked, scaling=scaling, dropout=dropout)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down_weight[0].dtype
+
+
+class RouterBank(nn.Module):
+    """One block's routers, one per task in the order of `config.tasks`, and how often each selected which expert.
+
+    Stored by index, not name: a task may be called anything, also what an adapter or a module is called.
+
+    Attributes:
+        weight, noise_weight: per task D x E.
+        usage: int64 T x E, selections in training, of all processes, as far as they have been shared.
+        unshared_usage: int64 T x E, what this process has counted since and not yet shared with the others. Not a
+            buffer: data parallel training overwrites those with the first process's.
+    """
+
+    def __init__(self, config: MoELoraMergeConfig, in_features: int):
+        super().__init__()
+        self.shape = (in_features, config.num_experts)
+        self.weight = nn.ParameterList()
+        self.noise_weight = nn.ParameterList()
+        self.register_buffer("usage", torch.zeros(0, config.num_experts, dtype=torch.int64))
+        self.unshared_usage = torch.zeros(0, config.num_experts, dtype=torch.int64, device="cpu")
+        self.register_state_dict_pre_hook(_count_everything)
+        for _ in config.tasks:
+            self.add_task()
+
+    def add_task(self) -> None:
+        like = self.weight[0] if len(self.weight) else torch.empty(())
+        for routers in (self.weight, self.noise_weight):
+            routers.append(nn.Parameter(torch.zeros(self.shape, dtype=like.dtype, device=like.device)))
+        self.usage = F.pad(self.usage, (0, 0, 0, 1))
+        self.unshared_usage = F.pad(self.unshared_usage, (0, 0, 0, 1))
+
+    def count(self, task: int, counts_E: Tensor) -> None:
+        """Add selections of this process."""
+        self.unshared_usage = self.unshared_usage.to(counts_E.device)
+        self.unshared_usage[task] += counts_E
+
+    def take_unshared_usage(self) -> Tensor:
+        """Return what this process has counted and not shared, and forget it."""
+        counts_TE = self.unshared_usage
+        self.unshared_usage = torch.zeros_like(counts_TE)
+        return counts_TE.to(self.usage.device)
+
+    def forward(self, x_BD: Tensor, task: int, top_k: int) -> tuple[Tensor, Tensor]:
+        weight_DE, noise_DE = self.weight[task], self.noise_weight[task]
+        # A choice between experts is a comparison of close numbers: half precision would decide it by rounding.
+        dtype = torch.promote_types(weight_DE.dtype, torch.float32)
+        with torch.autocast(x_BD.device.type, enabled=False):
+            noise_DE = noise_DE.to(dtype) if self.training else None
+            return top_k_gates(router_logits(x_BD.to(dtype), weight_DE.to(dtype), noise_DE), top_k)
+
+
+def several_processes() -> bool:
+    """Tell whether others train the same model beside this process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _count_everything(routers: RouterBank, prefix: str, keep_vars: bool) -> None:
+    # Alone, the process may save at any moment and no count is lost. With others it would have to wait for them here;
+    # there, the counts in a state dict are those of the last time they were shared, which is every optimizer step.
+    if not several_processes():
+        routers.usage += routers.take_unshared_usage()
+
+
+def in_backward() -> bool:
+    """Tell whether a backward pass is under way, so that this forward pass recomputes an earlier one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
+    """Adds a mixture of experts to the output of the module it wraps.
+
+    Args:
+        base_layer: the module to adapt.
+        tasks: the state that says which task routes which sample; all layers of a model share one.
+        reads_prompts: the module lies in the text tower of a CLIP, whose token 0 attends to itself alone.
+    """
+
+    adapter_layer_names = ("moe_lora_experts", "moe_lora_routers")
+    other_param_names = ("moe_lora_scaling", "moe_lora_dropout", "moe_lora_top_k", "moe_lora_trainable")
+
+    def __init__(self, base_layer: nn.Module, tasks: TaskState, reads_prompts: bool = False):
+        super().__init__()
+        self.base_layer = base_layer
+        self.tasks = tasks
+        self.reads_prompts = reads_prompts
+        self.in_features, self.out_features = self.features(self.get_base_layer())
+        self.moe_lora_experts = nn.ModuleDict()
+        self.moe_lora_routers = nn.ModuleDict()
+        self.moe_lora_scaling: dict[str, float] = {}
+        self.moe_lora_dropout: dict[str, float] = {}
+        self.moe_lora_top_k: dict[str, int] = {}
+        self.moe_lora_trainable: dict[str, bool] = {}
+        self.register_load_state_dict_post_hook(_freeze_as_loaded)
+
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        """Return the width of what the experts read and of what they add to."""
+        raise NotImplementedError
+
+    def expert_input(self, adapter_name: str, x_BLD: Tensor) -> Tensor:
+        """Return what the experts read, given what the base layer reads."""
+        return x_BLD
+
+    def update_layer(self, adapter_name: str, config: MoELoraMergeConfig) -> None:
+        """Create an adapter's experts and routers."""
+        self.moe_lora_experts[adapter_name] = ExpertBank(config, self.in_features, self.out_features)
+        self.moe_lora_routers[adapter_name] = RouterBank(config, self.in_features)
+        self.moe_lora_scaling[adapter_name] = config.lora_alpha / config.r
+        self.moe_lora_dropout[adapter_name] = config.lora_dropout
+        self.moe_lora_top_k[adapter_name] = config.top_k
+        self.moe_lora_trainable[adapter_name] = False
+        if not any(parameter.is_meta for parameter in self.moe_lora_experts[adapter_name].parameters()):
+            self.moe_lora_experts[adapter_name].reset_parameters(config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._apply_requires_grad()
+
+    # ------------------------------------------------------------------------------------------------ trainability
+
+    def _apply_requires_grad(self) -> None:
+        """Let gradients flow to the experts that are not frozen and to the current task's router, if at all."""
+        for adapter_name, experts in self.moe_lora_experts.items():
+            trainable = self.moe_lora_trainable[adapter_name] and not self.disable_adapters
+            # a bank without data, as large models are first laid out, has nothing frozen
+            frozen_E = [False] * len(experts.frozen) if experts.frozen.is_meta else experts.frozen.tolist()
+            for name in EXPERT_TENSORS:
+                for parameter, frozen in zip(getattr(experts, name), frozen_E, strict=True):
+                    parameter.requires_grad_(trainable and not frozen)
+            routers = self.moe_lora_routers[adapter_name]
+            for parameters in (routers.weight, routers.noise_weight):
+                for task, parameter in enumerate(parameters):
+                    parameter.requires_grad_(trainable and task == self.tasks.current.get(adapter_name))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        adapter_names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for adapter_name in self.moe_lora_experts:
+            self.moe_lora_trainable[adapter_name] = adapter_name in adapter_names and not inference_mode
+        self._active_adapter = adapter_names
+        self._apply_requires_grad()
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for adapter_name in self.moe_lora_experts:
+            if adapter_name in adapter_names:
+                self.moe_lora_trainable[adapter_name] = requires_grad
+        self._apply_requires_grad()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # Unlike PEFT's own layers this comes back exactly as it was: an adapter loaded for inference does not start
+        # to train because somebody looked at the base model's output in between.
+        self._disable_adapters = not enabled
+        self._apply_requires_grad()
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        self._apply_requires_grad()
+
+    def forget_gradients(self, adapter_name: str) -> None:
+        """Drop gradients that parameters collected before they stopped training; an optimizer would still use them."""
+        for bank in (self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]):
+            for parameter in bank.parameters():
+                if not parameter.requires_grad:
+                    parameter.grad = None
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.moe_lora_experts:
+                result = self._add_experts(adapter_name, self.expert_input(adapter_name, x), result)
+        return result
+
+    def _add_experts(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        groups = self.tasks.groups(adapter_name, x.shape[0], prompts=self.reads_prompts)
+        if not groups or x.shape[0] == 0:
+            return result
+        experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
+        x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
+        indices, gates = [], []
+        for task, rows in groups:
+            start_BD = x_BLD[:, 0] if rows is None else x_BLD[rows, 0]
+            samples = start_BD.shape[0]
+            if self.reads_prompts and self.tasks.prompts_start_alike:
+                # Token 0 of a prompt sees itself alone, so it is the same vector in all of them: one decision, and in
+                # training one draw of noise, is every prompt's.
+                start_BD = start_BD[:1]
+            indices_GK, gates_GK = routers(start_BD, task, self.moe_lora_top_k[adapter_name])
+            if self.training and not in_backward():
+                counts_E = selection_counts(indices_GK, experts.frozen.numel())
+                routers.count(task, counts_E * (samples // indices_GK.shape[0]))
+            if len(groups) > 1:
+                indices_GK, gates_GK = (column.expand(samples, -1) for column in (indices_GK, gates_GK))
+            indices.append(indices_GK)
+            gates.append(gates_GK)
+
+        all_rows = groups[0][1] is None
+        rows = None if all_rows else torch.cat([rows for _, rows in groups])
+        y_BLO = experts(
+            self._cast_input_dtype(x_BLD if all_rows else x_BLD[rows], experts.dtype),
+            torch.cat(indices),
+            torch.cat(gates),
+            self.moe_lora_scaling[adapter_name],
+            self.moe_lora_dropout[adapter_name] if self.training else 0.0,
+        ).to(result.dtype)
+        if all_rows:
+            return result + y_BLO.reshape(result.shape)
+        # rows of plain samples are not even added zero to, so they stay what they were bit for bit
+        return result.index_add(0, rows, y_BLO.reshape(-1, *result.shape[1:]))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Do nothing: experts are never merged into the base weights."""
+
+    def __repr__(self) -> str:
+        return "moe_lora_merge." + super().__repr__()
+
+
+NOT_MERGEABLE = (
+    "Which experts apply depends on the input, so they can't be merged into the base weights. To deploy one task, "
+    "`model.bake_task(name)` gives a slim model with that task's router and the experts it can choose; `model.unload()` "
+    "gives the base model back."
+)
+
+
+def _freeze_as_loaded(layer: MoELoraMergeLayer, incompatible_keys: Any) -> None:
+    layer._apply_requires_grad()
+
+
+class Linear(MoELoraMergeLayer):
+    """Experts beside an `nn.Linear`; they read what it reads. Inputs B x D, B x L x D or with more dimensions."""
+
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.in_features, base_layer.out_features
+
+
+class MLP(MoELoraMergeLayer):
+    """Experts beside a transformer block's MLP: `y = x + MLP(LN2(x)) + MoE(x)`.
+
+    Args:
+        norm: the layer norm before the MLP, whose input is the residual stream that the experts read; None when all
+            adapters here read the normalized one.
+    """
+
+    other_param_names = (*MoELoraMergeLayer.other_param_names, "moe_lora_input")
+
+    def __init__(self, base_layer: nn.Module, tasks: TaskState, reads_prompts: bool, norm: nn.Module | None):
+        super().__init__(base_layer, tasks, reads_prompts)
+        self.moe_lora_input: dict[str, str] = {}
+        self._residual: Tensor | None = None
+        self._norm_hook = None if norm is None else norm.register_forward_pre_hook(self._remember_residual)
+
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.fc1.in_features, base_layer.fc2.out_features
+
+    def update_layer(self, adapter_name: str, config: MoELoraMergeConfig) -> None:
+        if config.expert_input == "residual" and self._norm_hook is None:
+            raise ValueError(
+                "expert_input='residual' needs the residual stream, but the block around this MLP has no "
+                "`layer_norm2` to read it from. Use expert_input='normalized'."
+            )
+        self.moe_lora_input[adapter_name] = config.expert_input
+        super().update_layer(adapter_name, config)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return super()._get_base_layer_device_and_dtype(base_layer.fc1)
+
+    def _remember_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._residual = args[0]
+
+    def expert_input(self, adapter_name: str, x_BLD: Tensor) -> Tensor:
+        return self._residual if self.moe_lora_input[adapter_name] == "residual" else x_BLD
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            self._residual = None
+
+    def unhook(self) -> None:
+        """Stop listening to the layer norm, when the base model is given back."""
+        if self._norm_hook is not None:
+            self._norm_hook.remove()

@@ -1,0 +1,514 @@
+"""The tuner: puts experts beside the targeted modules and acts on all of them at once."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+
+from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
+
+from .config import MoELoraMergeConfig, check_new_task
+from .layer import (
+    EXPERT_TENSORS,
+    MLP,
+    NOT_MERGEABLE,
+    ExpertBank,
+    Linear,
+    MoELoraMergeLayer,
+    RouterBank,
+    several_processes,
+)
+from .tasks import CarryTasks, TaskIds, TaskState
+from .two_towers import mixed_task_output
+
+CLIP_MLP_BLOCKS = ["mlp"]
+
+
+class MoELoraMergeModel(BaseTuner):
+    """Mixture of LoRA experts with one router per task, expert merging and freezing (arXiv 2405.11530).
+
+    Created by `get_peft_model(model, MoELoraMergeConfig(...))`; every method here works through the `PeftModel`. They
+    act on the active adapter. Blocks are named by the targeted module, e.g. `"vision_model.encoder.layers.0.mlp"`.
+
+    Calling the model accepts one more argument, `task_ids` (LongTensor of shape B): the task of each sample, by its
+    index in `config.tasks`, or -1 for the model without experts. Without it, the current task (`set_task`) routes all.
+    In a `CLIPModel` whose images have different tasks, each image is scored against the prompts as its own task encodes
+    them, and `text_embeds` is B x N x P.
+    """
+
+    prefix = "moe_lora_"
+    tuner_layer_cls = MoELoraMergeLayer
+    target_module_mapping = {  # noqa: RUF012  (PEFT's interface)
+        "clip": CLIP_MLP_BLOCKS,
+        "clip_text_model": CLIP_MLP_BLOCKS,
+        "clip_vision_model": CLIP_MLP_BLOCKS,
+    }
+
+    # ---------------------------------------------------------------------------------------------------- injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: MoELoraMergeConfig, adapter_name: str) -> None:
+        self.tasks = TaskState()
+        self._checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        ]
+        for module in model.modules():
+            if isinstance(module, CLIPTextModel):
+                self._hooks.append(module.register_forward_pre_hook(self._before_prompts, with_kwargs=True))
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        taken = {part for name, _ in model.named_modules() for part in name.split(".")}
+        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "frozen"} - set(self.peft_config)
+        if adapter_name.isdigit() or adapter_name in taken:
+            raise ValueError(
+                f"An adapter can't be called {adapter_name!r}: that is also a part of the weights' names, by which PEFT "
+                "tells adapters apart when it saves them. Choose another adapter name."
+            )
+        # The config grows with `add_task`: one of our own, in case the caller's serves a second model.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        self.tasks.current[adapter_name] = config.task_index(config.current_task)
+        trainable = {
+            name: layer.moe_lora_trainable.copy()
+            for name, layer in model.named_modules()
+            if isinstance(layer, MoELoraMergeLayer)
+        }
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT gives the parameters that were there before their `requires_grad` back; what it stems from comes too.
+        for name, layer in model.named_modules():
+            if name in trainable:
+                layer.moe_lora_trainable.update(trainable[name])
+
+    def _create_and_replace(
+        self,
+        peft_config: MoELoraMergeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, MoELoraMergeLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        reads_prompts = self._in_text_tower(current_key)
+        if isinstance(target, nn.Linear):
+            layer = Linear(target, self.tasks, reads_prompts)
+        elif all(isinstance(getattr(target, name, None), nn.Linear) for name in ("fc1", "fc2")):
+            layer = MLP(target, self.tasks, reads_prompts, norm=getattr(parent, "layer_norm2", None))
+        else:
+            raise TypeError(
+                f"Target module {current_key!r} is a {type(target).__name__}. Experts can stand beside an `nn.Linear` "
+                "or an MLP block (a module with linear layers `fc1` and `fc2`): correct `target_modules`."
+            )
+        layer.update_layer(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, MLP):  # being unloaded; PEFT would look for a weight, which an MLP block has none of
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _in_text_tower(self, module_name: str) -> bool:
+        parts = module_name.split(".")
+        ancestors = (self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+        return any(isinstance(ancestor, CLIPTextModel) for ancestor in ancestors)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.tasks.current.pop(adapter_name, None)
+
+    def unload(self) -> nn.Module:
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self._layers().values():
+            if isinstance(layer, MLP):
+                layer.unhook()
+        for layer in self._checkpointed:
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if isinstance(function, CarryTasks):
+                layer._gradient_checkpointing_func = function.checkpoint
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NOT_MERGEABLE)
+
+    # ------------------------------------------------------------------------------------------------------ blocks
+
+    def _layers(self) -> dict[str, MoELoraMergeLayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, MoELoraMergeLayer)}
+
+    @property
+    def _adapter(self) -> str:
+        if len(self.active_adapters) != 1:
+            raise ValueError(
+                f"Tasks and experts belong to one adapter, but {self.active_adapters or 'none'} are active: choose one "
+                "by `model.set_adapter(name)`."
+            )
+        return self.active_adapters[0]
+
+    def _adapted(self) -> dict[str, MoELoraMergeLayer]:
+        adapter_name = self._adapter
+        return {name: layer for name, layer in self._layers().items() if adapter_name in layer.moe_lora_experts}
+
+    def _experts(self) -> dict[str, ExpertBank]:
+        return {name: layer.moe_lora_experts[self._adapter] for name, layer in self._adapted().items()}
+
+    def _routers(self) -> dict[str, RouterBank]:
+        return {name: layer.moe_lora_routers[self._adapter] for name, layer in self._adapted().items()}
+
+    def expert_parameters(self, block: str, expert: int) -> dict[str, Tensor]:
+        """Return one expert's tensors, as views without gradient.
+
+        Returns:
+            `down_weight` D x r, `down_bias` r, `up_weight` r x D, `up_bias` D.
+
+        Raises:
+            KeyError: there is no such block.
+            IndexError: the block has no such expert.
+        """
+        experts = self._of_block(self._experts(), block)
+        if not 0 <= expert < len(experts.frozen):
+            raise IndexError(f"No expert {expert} in {block!r}: it has experts 0 to {len(experts.frozen) - 1}.")
+        tensors = experts.expert(expert)
+        return {**tensors, "down_weight": tensors["down_weight"].T}
+
+    def router_parameters(self, block: str, task: str) -> dict[str, Tensor]:
+        """Return a task's router in one block, as views without gradient: `weight` and `noise_weight`, both D x E.
+
+        Raises:
+            KeyError: there is no such block.
+            ValueError: there is no such task.
+        """
+        routers = self._of_block(self._routers(), block)
+        index = self.peft_config[self._adapter].task_index(task)
+        return {"weight": routers.weight[index].detach(), "noise_weight": routers.noise_weight[index].detach()}
+
+    @staticmethod
+    def _of_block(banks: dict[str, Any], block: str) -> Any:
+        if block not in banks:
+            raise KeyError(f"No adapted block {block!r}. Blocks: {list(banks)}.")
+        return banks[block]
+
+    # ------------------------------------------------------------------------------------------------------- tasks
+
+    def set_task(self, task: str | None) -> None:
+        """Route all samples by this task, and train its routers and no other's. None: the model without experts.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        adapter_name = self._adapter
+        config = self.peft_config[adapter_name]
+        self.tasks.current[adapter_name] = None if task is None else config.task_index(task)
+        config.current_task = config.current_task if task is None else task
+        self._train_what_may_train()
+
+    def _train_what_may_train(self) -> None:
+        for layer in self._adapted().values():
+            layer._apply_requires_grad()
+            layer.forget_gradients(self._adapter)
+
+    def add_task(self, task: str) -> None:
+        """Give a further task its routers. It does not become the current task; `set_task` does that.
+
+        An optimizer made before does not know the new parameters: make one per task, as the paper does.
+
+        Raises:
+            ValueError: the name is taken or empty.
+        """
+        config = self.peft_config[self._adapter]
+        check_new_task(task, config.tasks)
+        for routers in self._routers().values():
+            routers.add_task()
+        config.tasks = [*config.tasks, task]
+        self._train_what_may_train()
+
+    # -------------------------------------------------------------------------------- counting, merging, freezing
+
+    @property
+    def _task(self) -> int:
+        config = self.peft_config[self._adapter]
+        return config.task_index(config.current_task)
+
+    def expert_usage(self) -> dict[str, Tensor]:
+        """Tell how often the current task selected each expert in training, since it began.
+
+        With several processes the counts are summed over all of them, and all of them must call.
+
+        Returns:
+            Per block, int64 of shape E.
+        """
+        self.share_expert_usage()
+        return {name: routers.usage[self._task].clone() for name, routers in self._routers().items()}
+
+    def share_expert_usage(self) -> None:
+        """Add what every process has counted since the last time to the usage they agree on. All must call."""
+        banks = list(self._routers().values())
+        device = banks[0].usage.device
+        counts_NTE = torch.stack([routers.take_unshared_usage().to(device) for routers in banks])
+        if several_processes():
+            dist.all_reduce(counts_NTE)
+        for routers, counts_TE in zip(banks, counts_NTE, strict=True):
+            routers.usage += counts_TE.to(routers.usage.device)
+
+    def reset_expert_usage(self) -> None:
+        """Start counting the current task's selections at zero."""
+        for routers in self._routers().values():
+            routers.unshared_usage[self._task] = 0
+            routers.usage[self._task] = 0
+
+    @torch.no_grad()
+    def merge_experts(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Merge]:
+        """In every block, overwrite the least used trainable expert by the union of the two most used.
+
+        With several processes all of them must call; they decide alike.
+
+        Args:
+            optimizer: forgets its state of the overwritten experts, so that they start without momentum.
+
+        Returns:
+            Per block that had something to merge, which expert became the union of which two.
+        """
+        self.share_expert_usage()
+        config = self.peft_config[self._adapter]
+        merges = {}
+        for name, layer in self._adapted().items():
+            experts, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
+            merge = choose_merge(routers.usage[self._task], experts.frozen, experts.expert, config.merge_pair)
+            if merge is None:
+                continue
+            union = STRATEGIES[config.merge_strategy](experts.expert(merge.first), experts.expert(merge.second))
+            for tensor in EXPERT_TENSORS:
+                parameter = getattr(experts, tensor)[merge.target]
+                parameter.copy_(union[tensor])
+                if optimizer is not None:
+                    optimizer.state.pop(parameter, None)
+            if config.merge_router_columns == "mean":
+                for weight_DE in (routers.weight[self._task], routers.noise_weight[self._task]):
+                    weight_DE[:, merge.target] = weight_DE[:, [merge.first, merge.second]].mean(dim=1)
+            merges[name] = merge
+        return merges
+
+    def freeze_experts(self, top_k: int) -> dict[str, list[int]]:
+        """In every block, freeze the `top_k` experts that the current task selected most, for good.
+
+        With several processes all of them must call.
+
+        Returns:
+            Per block, the experts frozen by this call that were not frozen before.
+
+        Raises:
+            ValueError: `top_k` is negative.
+        """
+        if top_k < 0:
+            raise ValueError(f"`top_k` must not be negative, got {top_k}.")
+        self.share_expert_usage()
+        newly_frozen = {}
+        for name, layer in self._adapted().items():
+            frozen_E = layer.moe_lora_experts[self._adapter].frozen
+            usage_E = layer.moe_lora_routers[self._adapter].usage[self._task]
+            newly_frozen[name] = [expert for expert in favourites(usage_E, top_k) if not frozen_E[expert]]
+            frozen_E[newly_frozen[name]] = True
+        self._train_what_may_train()
+        return newly_frozen
+
+    def frozen_experts(self) -> dict[str, list[int]]:
+        """List, per block, the frozen experts in ascending order."""
+        return {name: experts.frozen.nonzero().flatten().tolist() for name, experts in self._experts().items()}
+
+    # ---------------------------------------------------------------------------------------------------- deployment
+
+    def bake_task(self, task: str) -> PeftModel:
+        """Make a slim model for one task: its router, and only the experts that it can still choose.
+
+        An expert whose router column is zero, since training never selected it, always scores zero; between equal scores
+        the lower index wins, so only the first `top_k` of these can ever be chosen and the others go. The outputs stay
+        the same. All blocks keep the same number of experts, that of the block which needs the most.
+
+        Returns:
+            A `PeftModel` of its own, in inference mode, with its own copy of the base model and an adapter "default";
+            save it by `save_pretrained`.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        adapter_name = self._adapter
+        config = self.peft_config[adapter_name]
+        index = config.task_index(task)
+        routers, banks = self._routers(), self._experts()
+        kept = {
+            name: choosable_experts(router.weight[index].detach(), config.top_k) for name, router in routers.items()
+        }
+        num_experts = max(len(experts) for experts in kept.values())
+        for experts in kept.values():
+            others = [expert for expert in range(config.num_experts) if expert not in experts]
+            experts[:] = sorted(experts + others[: num_experts - len(experts)])
+
+        baked_config = copy.deepcopy(config)
+        baked_config.tasks, baked_config.current_task, baked_config.num_experts = [task], task, num_experts
+        baked_config.inference_mode = True
+        baked = get_peft_model(copy.deepcopy(self).unload(), baked_config, autocast_adapter_dtype=False).eval()
+        with torch.no_grad():
+            for name, layer in baked.base_model._adapted().items():
+                bank = layer.moe_lora_experts["default"].to(banks[name].dtype)
+                router = layer.moe_lora_routers["default"].to(routers[name].weight[index].dtype)
+                for tensor in EXPERT_TENSORS:
+                    for parameter, expert in zip(getattr(bank, tensor), kept[name], strict=True):
+                        parameter.copy_(getattr(banks[name], tensor)[expert])
+                router.usage.copy_(routers[name].usage[index, kept[name]])
+                bank.frozen.copy_(banks[name].frozen[kept[name]])
+                router.weight[0].copy_(routers[name].weight[index][:, kept[name]])
+                router.noise_weight[0].copy_(routers[name].noise_weight[index][:, kept[name]])
+            for name, module in self.model.named_modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    saved = baked.base_model.model.get_submodule(name).modules_to_save["default"]
+                    saved.load_state_dict(module.modules_to_save[adapter_name].state_dict())
+        return baked
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    def get_image_features(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the base model's method of this name; `task_ids` as in a call of the model, one per image."""
+        with self._routed(task_ids):
+            return self.model.get_image_features(*args, **kwargs)
+
+    def get_text_features(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the base model's method of this name; `task_ids` as in a call of the model, one per prompt."""
+        with self._routed(task_ids):
+            return self.model.get_text_features(*args, **kwargs)
+
+    @contextmanager
+    def _routed(self, task_ids: Tensor | None) -> Iterator[None]:
+        self._checkpoint_with_tasks()
+        with self.tasks.during(ids=self._check_task_ids(task_ids)):
+            yield
+
+    def _check_task_ids(self, task_ids: Tensor | None) -> TaskIds | None:
+        return None if task_ids is None else TaskIds.check(task_ids, self.peft_config[self._adapter].tasks)
+
+    def _checkpoint_with_tasks(self) -> None:
+        if not self.training:
+            return
+        for layer in self._checkpointed:
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if layer.gradient_checkpointing and not isinstance(function, CarryTasks):
+                layer._gradient_checkpointing_func = CarryTasks(function, self.tasks)
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = dict(kwargs)
+        ids = self._check_task_ids(kwargs.pop("task_ids", None))
+        self._checkpoint_with_tasks()
+        self.tasks.ids, self.tasks.prompt_ids = ids, None
+        if ids is None or not isinstance(model, CLIPModel):
+            return args, kwargs
+        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        images, prompts = inputs.get("pixel_values"), inputs.get("input_ids")
+        if images is not None and images.shape[0] != ids.size:
+            raise ValueError(f"`task_ids` has {ids.size} entries for {images.shape[0]} images: pass one per image.")
+        if images is not None and prompts is not None:
+            self.tasks.prompt_ids = _all_of_one_task(ids, slot=0, size=prompts.shape[0])
+        return args, kwargs
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        ids, prompt_ids = self.tasks.ids, self.tasks.prompt_ids
+        self.tasks.ids = self.tasks.prompt_ids = None
+        if output is None or ids is None or prompt_ids is None or len(ids.present) == 1 or not self._enabled():
+            return None
+        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+
+        def encode(slot: int) -> Tensor:
+            with self.tasks.during(ids=_all_of_one_task(ids, slot, prompt_ids.size)):
+                names = ("input_ids", "attention_mask", "position_ids")
+                return model.get_text_features(**{name: inputs.get(name) for name in names}).pooler_output
+
+        return mixed_task_output(
+            model,
+            output,
+            ids.slot_B,
+            [lambda slot=slot: encode(slot) for slot in range(1, len(ids.present))],
+            return_loss=bool(inputs.get("return_loss")),
+        )
+
+    def _enabled(self) -> bool:
+        return not any(layer.disable_adapters for layer in self._layers().values())
+
+    def _before_prompts(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        tokens_NL, mask_NL = inputs.get("input_ids"), inputs.get("attention_mask")
+        alike = tokens_NL is not None and inputs.get("position_ids") is None
+        if alike:
+            starts_N = tokens_NL.reshape(-1, tokens_NL.shape[-1])[:, 0]
+            alike = bool((starts_N == starts_N[0]).all() and (mask_NL is None or mask_NL[..., 0].all()))
+        self.tasks.prompts_start_alike = alike
+
+    # ------------------------------------------------------------------------------------------------ saving, loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for container in MoELoraMergeLayer.adapter_layer_names:
+            before, found, after = key.rpartition(f".{container}.{adapter_name}.")
+            if found:
+                return f"{before}.{container}.{after}"
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: MoELoraMergeConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {
+            key: tensor
+            for key, tensor in model.state_dict().items()
+            if any(f".{container}.{adapter_name}." in key for container in MoELoraMergeLayer.adapter_layer_names)
+        }
+        missing = sorted(own.keys() - state_dict.keys())
+        unexpected = sorted(key for key in state_dict.keys() - own.keys() if f".{cls.prefix}" in key)
+        misshapen = [
+            f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(tensor.shape)}"
+            for key, tensor in own.items()
+            if key in state_dict and state_dict[key].shape != tensor.shape
+        ]
+        problems = [
+            f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+            if keys
+        ]
+        if problems:
+            raise ValueError(
+                f"These weights do not fit the adapter {adapter_name!r} ({config.num_experts} experts of rank "
+                f"{config.r}, tasks {config.tasks}). Tensors {'; '.join(problems)}. The file is damaged, or made for "
+                "another base model or configuration."
+            )
+        return state_dict
+
+
+def _all_of_one_task(ids: TaskIds, slot: int, size: int) -> TaskIds:
+    """The ids of a batch of `size` samples that all have the task at `slot` of `ids.present`."""
+    task = ids.present[slot]
+    groups = ((task, None),) if task >= 0 else ()
+    return TaskIds(size, (task,), ids.slot_B.new_zeros(size), groups)
+
+
+def choosable_experts(weight_DE: Tensor, top_k: int) -> list[int]:
+    """List the experts that a router can choose for some input: all but the zero columns after the first `top_k`."""
+    zero = [expert for expert, learnt in enumerate(weight_DE.any(dim=0).tolist()) if not learnt]
+    return [expert for expert in range(weight_DE.shape[1]) if expert not in zero[top_k:]]
