@@ -2,10 +2,11 @@
 
 from peft_moe_merge.registration import register
 
-from .adapt import adapt_routers, zero_shot_logits
+from .adapt import adapt_routers
 from .config import WEMoEConfig
 from .merge import merge_finetuned
 from .model import WEMoEModel
+from .zero_shot import zero_shot_logits
 
 __all__ = ["WEMoEConfig", "WEMoEModel", "adapt_routers", "merge_finetuned", "zero_shot_logits"]
 

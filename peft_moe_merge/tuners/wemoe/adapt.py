@@ -17,12 +17,12 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .config import WEMoEConfig
 from .router import Router
+from .zero_shot import task_logits
 
 
 def entropy(logits_BC: torch.Tensor, gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
@@ -52,12 +52,6 @@ LOSSES: dict[str, Callable[[torch.Tensor, list[torch.Tensor], float], torch.Tens
     "mutual_information": mutual_information,
     "entropy_with_prior": entropy_with_prior,
 }
-
-
-def zero_shot_logits(model: Any, pixel_values: torch.Tensor, head_CD: torch.Tensor) -> torch.Tensor:
-    """Return a CLIP's `logits_BC` for images and classes given by their normalised text features."""
-    features_BD = F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
-    return model.logit_scale.exp() * features_BD @ head_CD.T.to(features_BD)
 
 
 @contextmanager
@@ -132,10 +126,9 @@ def adapt_routers(
     optimizer = torch.optim.Adam(routers.values(), lr=lr)
     done = _load_checkpoint(checkpoint, routers, optimizer, settings) if checkpoint is not None else 0
     batches = {
-        task: _endless(loader, task, seed=seed + 1009 * position, start=done)
+        task: endless(loader, task, seed=seed + 1009 * position, start=done)
         for position, (task, loader) in enumerate(unlabelled.items())
     }
-    device = next(iter(routers.values())).device
 
     was_training = model.training
     model.eval()
@@ -148,7 +141,7 @@ def adapt_routers(
             row: dict[str, float] = {"step": step, "lr": rate}
             for task, batch in ((task, next(batches[task])) for task in batches):
                 with recorded_gates(model) as gates:
-                    logits = _logits(model, _to(batch, device), heads[task] if heads is not None else None)
+                    logits = task_logits(model, batch, heads[task] if heads is not None else None)
                     task_loss = LOSSES[loss](logits.float(), gates, config.scaling)
                 task_loss.backward()
                 row[f"loss/{task}"] = task_loss.item()
@@ -187,30 +180,7 @@ def _check(
         raise ValueError(f"there is no schedule {schedule!r}; choose 'cosine' or 'constant'.")
 
 
-def _logits(model: PeftModel, batch: Any, head_CD: torch.Tensor | None) -> torch.Tensor:
-    if head_CD is not None:
-        if isinstance(batch, Mapping):
-            batch = batch["pixel_values"]
-        elif isinstance(batch, (tuple, list)):
-            batch = batch[0]
-        return zero_shot_logits(model, batch, head_CD)
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"without `heads` a batch is a mapping of the model's arguments, got {type(batch).__name__}.")
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    return output.logits_per_image if "logits_per_image" in output else output.logits
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [_to(value, device) for value in batch]
-    return batch
-
-
-def _endless(loader: Iterable, task: str, seed: int, start: int) -> Iterator[Any]:
+def endless(loader: Iterable, task: str, seed: int, start: int = 0) -> Iterator[Any]:
     """Yield batches number `start` and on of a loader that is run through again and again.
 
     What the loader draws from torch's generators depends on the seed and the number of the batch alone, so that a
