@@ -1,0 +1,143 @@
+"""The table of the 11 tasks: what is drawn, how it looks, and how it is said.
+
+To add a task, write its concepts (`concepts/`) and a row here. The styles are photo-like where the small CLIP was
+pretrained on drawings: coloured clutter behind, light, noise, blur, and other fonts than in pretraining.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .canvas import Concept, Style, clutter, plain
+from .concepts import aerial, animals, colors, digits, flowers, food, letters, scenes, shapes, textures, vehicles
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the suite.
+
+    Args:
+        name: its name in the stream.
+        templates: sentences with one `{}` for the class name; training uses the first, evaluation averages all.
+        concepts: class name -> what to draw; the order is the order of the labels.
+        style: how it looks; `None` for the one task made of real images (`digits`).
+    """
+
+    name: str
+    templates: tuple[str, ...]
+    concepts: dict[str, Concept]
+    style: Style | None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in plain words, by label."""
+        return tuple(self.concepts)
+
+
+_OBJECT = Style(
+    background=clutter(),
+    scale=(0.55, 0.95),
+    shift=0.2,
+    rotation=20,
+    shear=0.2,
+    tint=18,
+    jitter=14,
+    light=0.6,
+    noise=12,
+    blur=0.8,
+    occlusion=2,
+)
+_FIELD = replace(_OBJECT, background=plain("gray"), scale=(1.0, 1.3), shift=0.15, occlusion=1)
+
+_SERIF = (
+    "STIXGeneral.ttf",
+    "STIXGeneralItalic.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "cmr10.ttf",
+    "cmti10.ttf",
+    "cmtt10.ttf",
+)
+
+_TABLE = (
+    Task(
+        "aerial",
+        ("a satellite photo of {}.", "an aerial view of {}.", "{} seen from above."),
+        aerial.CONCEPTS,
+        replace(_FIELD, rotation=180, tint=25, noise=18),
+    ),
+    Task(
+        "animals",
+        ("a photo of a {}, a type of animal.", "the face of a {}."),
+        animals.CONCEPTS,
+        replace(_OBJECT, background=clutter("green", "brown", "tan", "light green", "gray", pieces=9), jitter=30),
+    ),
+    Task(
+        "colors",
+        ("a photo of a {} thing.", "something {}.", "a {} object."),
+        colors.CONCEPTS,
+        replace(_OBJECT, scale=(0.35, 0.8), shift=0.35, rotation=180, tint=22, light=0.9, occlusion=3),
+    ),
+    Task(
+        "digits",
+        ('a photo of the number: "{}".', "the handwritten digit {}."),
+        digits.CONCEPTS,
+        None,
+    ),
+    Task(
+        "flowers",
+        ("a photo of a {}, a type of flower.", "a {} in bloom."),
+        flowers.CONCEPTS,
+        replace(
+            _OBJECT, background=clutter("green", "dark green", "light green", "brown", pieces=10), tint=28, shear=0.35
+        ),
+    ),
+    Task(
+        "food",
+        ("a photo of {}, a type of food.", "{} on a table."),
+        food.CONCEPTS,
+        replace(
+            _OBJECT,
+            background=clutter("brown", "tan", "white", "light gray", pieces=4),
+            tint=30,
+            rotation=40,
+            light=0.8,
+        ),
+    ),
+    Task(
+        "letters",
+        ('a photo of the letter "{}".', "the capital letter {}."),
+        letters.CONCEPTS,
+        replace(_OBJECT, background=clutter(pieces=3), fonts=_SERIF, rotation=25, shear=0.4, noise=16),
+    ),
+    Task(
+        "scenes",
+        ("a photo of a scene: {}.", "a view of {}."),
+        scenes.CONCEPTS,
+        replace(_FIELD, rotation=10, tint=35, jitter=22, light=0.9, noise=16, occlusion=3),
+    ),
+    Task(
+        "shapes",
+        ("a photo of a {}, a type of shape.", "a {} among other things."),
+        shapes.CONCEPTS,
+        replace(
+            _OBJECT, background=clutter(pieces=10), scale=(0.4, 0.8), shift=0.35, rotation=25, shear=0.25, occlusion=3
+        ),
+    ),
+    Task(
+        "textures",
+        ("a photo of a {} texture.", "a {} pattern.", "a surface that is {}."),
+        textures.CONCEPTS,
+        replace(_FIELD, rotation=90, shear=0.35, tint=35, jitter=16, light=0.9, noise=18),
+    ),
+    Task(
+        "vehicles",
+        ("a photo of a {}, a type of vehicle.", "a {} seen from the side."),
+        vehicles.CONCEPTS,
+        replace(
+            _OBJECT, background=clutter("light blue", "gray", "light gray", "dark gray", "sand", pieces=8), jitter=28
+        ),
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
+"""The suite by name, in Order I (alphabetical)."""
