@@ -31,10 +31,11 @@ class RunSettings:
     model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; default with 'mini': its own small one")
     tasks: list[str] | None = setting(None, "tasks to fine-tune on and merge; default: all but the held-out ones")
     held_out: list[str] = setting([], "tasks that are only tested on")
+    train_per_class: int = setting(64, "with 'mini', images per class to train on and adapt to")
     methods: list[str] = setting(list(METHODS), f"any of {', '.join(METHODS)}")
     corruptions: list[str] = setting([], f"any of {', '.join(CORRUPTIONS)}")
     robust_methods: list[str] = setting(
-        ["pretrained", "task_arithmetic", "adamerging", "wemoe", "wemoe_mutual_information", "wemoe_prior"],
+        ["pretrained", "task_arithmetic", "adamerging", "wemoe", "wemoe_mi", "wemoe_prior"],
         "methods to run on corrupted images",
     )
     seeds: list[int] = setting([0], "one run each")
@@ -55,7 +56,13 @@ def load_tasks(run: RunSettings, names: list[str] | None) -> list[Task]:
 
     def load(name: str) -> Task:
         task = mini.TASKS[name]
-        return Task(name, task.classes, task.templates, mini.load_task(name, "train"), mini.load_task(name, "test"))
+        return Task(
+            name,
+            task.classes,
+            task.templates,
+            mini.load_task(name, "train", train_per_class=run.train_per_class),
+            mini.load_task(name, "test"),
+        )
 
     return [load(name) for name in names or mini.TASKS]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft_moe_merge.tuners.wemoe.adapt import endless, entropy
+from peft_moe_merge.tuners.wemoe.adapt import LOSSES, endless
 from peft_moe_merge.tuners.wemoe.finetuned import TaskVectors
 from peft_moe_merge.tuners.wemoe.zero_shot import task_logits
 
@@ -33,6 +33,7 @@ def adamerging(
     scaling: float = 0.3,
     steps: int = 500,
     lr: float = 1e-3,
+    loss: str = "entropy",
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
@@ -46,9 +47,12 @@ def adamerging(
         scaling: where coefficients start.
         steps: of Adam; one batch of every task a step.
         lr: Adam's learning rate.
+        loss: `"entropy"` as published, or `"mutual_information"`, which resists collapse.
         seed: of the order of images.
         progress: show a progress bar.
     """
+    if loss not in ("entropy", "mutual_information"):
+        raise ValueError(f"there is no loss {loss!r} for AdaMerging; choose 'entropy' or 'mutual_information'.")
     names = sorted(vectors.changed())
     deltas = {name: vectors.stacked(name) for name in names}
     coefficients_NT = torch.full(
@@ -69,7 +73,7 @@ def adamerging(
         for task, stream in streams.items():
             parameters = {f"model.{name}": value for name, value in merged().items()}
             logits = torch.func.functional_call(model, parameters, (next(stream), heads[task]))
-            entropy(logits.float(), [], scaling).backward()
+            LOSSES[loss](logits.float(), [], scaling).backward()
         optimizer.step()
     with torch.no_grad():
         return merged()

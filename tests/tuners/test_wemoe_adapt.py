@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from wemoe_clip import TASKS, finetune, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned, zero_shot_logits
 from peft_moe_merge.tuners.wemoe.adapt import entropy, entropy_with_prior, mutual_information
-
-from .test_wemoe import TASKS, finetune, small_clip, stir_routers
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ def over_seeds(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], flo
 def print_report(results: dict[str, Any], console: Console | None = None) -> None:
     """Print accuracy per task for each method, then held-out tasks, then corrupted images."""
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file has no edge
     runs = results["runs"]
     tasks, held_out = runs[0]["tasks"], runs[0]["held_out"]
     adapted = (

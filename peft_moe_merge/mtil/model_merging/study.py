@@ -30,16 +30,18 @@ from .images import TaskImages, batches, load_images
 
 WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
     "wemoe": ({}, "entropy"),
-    "wemoe_mutual_information": ({}, "mutual_information"),
-    "wemoe_prior": ({}, "entropy_with_prior"),
     "wemoe_1_layer": ({"router_depth": 1}, "entropy"),
     "e_wemoe": ({"shared_router": True, "sparsity": 0.9}, "entropy"),
-    "wemoe_rank_32": ({"rank": 32}, "entropy"),
+    "wemoe_mi": ({}, "mutual_information"),
+    "wemoe_prior": ({}, "entropy_with_prior"),
+    "e_wemoe_mi": ({"shared_router": True, "sparsity": 0.9}, "mutual_information"),
+    "wemoe_rank_32_mi": ({"rank": 32}, "mutual_information"),
     "smile": ({"router": "projection", "rank": 32, "gate_rank": 16}, None),
 }
-"""Adapters by name: what differs from the default configuration, and the loss they adapt with."""
+"""Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` is not published:
+mutual information in place of entropy."""
 
-STATIC = ("average", "task_arithmetic", "ties", "dare", "fisher", "regmean", "adamerging")
+STATIC = ("average", "task_arithmetic", "ties", "dare", "fisher", "regmean", "adamerging", "adamerging_mi")
 REFERENCES = ("pretrained", "individual", "multitask")
 METHODS = (*REFERENCES, *STATIC, *WEMOE)
 
@@ -187,23 +189,25 @@ def _merged(run: Run, method: str, unlabelled: dict[str, Any]) -> nn.Module:
             )
         return model
     supervised = {task.name: batches(task.finetune, settings.batch_size) for task in run.tasks}
+    learning = {
+        "batches": unlabelled,
+        "heads": run.heads,
+        "scaling": settings.scaling,
+        "steps": settings.adapt_steps,
+        "lr": settings.adapt_lr,
+        "seed": run.seed,
+        "progress": not quiet,
+    }
     options = {
         "task_arithmetic": {"scaling": settings.scaling},
         "dare": {"scaling": settings.scaling, "seed": run.seed},
         "fisher": {"batches": supervised, "heads": run.heads, "seed": run.seed},
         "regmean": {"batches": supervised, "heads": run.heads},
-        "adamerging": {
-            "batches": unlabelled,
-            "heads": run.heads,
-            "scaling": settings.scaling,
-            "steps": settings.adapt_steps,
-            "lr": settings.adapt_lr,
-            "seed": run.seed,
-            "progress": not quiet,
-        },
+        "adamerging": learning,
+        "adamerging_mi": {**learning, "loss": "mutual_information"},
     }
     torch.manual_seed(run.seed)
-    return merge_static(run.clip, run.finetuned, method, **options.get(method, {}))
+    return merge_static(run.clip, run.finetuned, method.removesuffix("_mi"), **options.get(method, {}))
 
 
 def _row(run: Run, method: str, output_dir: Path) -> dict[str, Any]:
@@ -221,7 +225,7 @@ def _row(run: Run, method: str, output_dir: Path) -> dict[str, Any]:
         else:
             model = _merged(run, method, run.adaptation())
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            if method == "adamerging":
+            if method.startswith("adamerging"):
                 trainable = len(run.tasks) * sum(1 for _ in run.clip.vision_model.parameters())
         models = dict.fromkeys([task.name for task in (*run.tasks, *run.held_out)], model)
         # A sparse entry's place counts as half a number: it has 32 bits, for all precisions.
