@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
-from transformers import CLIPModel, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from wemoe_clip import TASKS, finetune, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, ensembling, merge_finetuned
