@@ -14,7 +14,7 @@ from .task_vectors import densify
 
 # How many entries of merged weights exist at a time. On a CPU a tile should stay in the cache between being merged
 # and being multiplied; elsewhere it should be large enough to fill the device and small enough for its memory.
-TILE_ENTRIES = {"cpu": 2**20}
+TILE_ENTRIES = {"cpu": 2**21}
 TILE_ENTRIES_ELSEWHERE = 2**27
 
 
