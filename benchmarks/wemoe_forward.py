@@ -1,4 +1,4 @@
-"""Per-sample forward and backward of one WEMoE block, side by side with a plain loop over the images.
+"""Per-sample forward and backward passes of one WEMoE block, side by side with a plain loop over the images.
 
     python benchmarks/wemoe_forward.py                  # one ViT-B/32 MLP block, 8 tasks, 16 images of 50 tokens
     python benchmarks/wemoe_forward.py --quick          # a narrow block, seconds
@@ -59,25 +59,26 @@ class Loop(nn.Module):
         return torch.stack(outputs)
 
 
-def seconds(module: nn.Module, x_BSH: torch.Tensor, backward: bool) -> float:
+PHASES = ("forward", "forward with gradients recorded", "forward and backward")
+
+
+def seconds(module: nn.Module, x_BSH: torch.Tensor, phase: str) -> float:
     start = time.perf_counter()
-    if backward:
-        x_BSH = x_BSH.detach().requires_grad_()
-        module(x_BSH).sum().backward()
-    else:
-        with torch.no_grad():
-            module(x_BSH)
+    with torch.set_grad_enabled(phase != "forward"):
+        output = module(x_BSH.detach().requires_grad_(phase != "forward"))
+        if phase == "forward and backward":
+            output.sum().backward()
     if x_BSH.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def measure(contestants: dict[str, nn.Module], x_BSH: torch.Tensor, backward: bool, rounds: int) -> dict[str, dict]:
+def measure(contestants: dict[str, nn.Module], x_BSH: torch.Tensor, phase: str, rounds: int) -> dict[str, dict]:
     """Return median milliseconds and how many times faster than the loop each one is, with the range of the ratio."""
     times = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, module in contestants.items():
-            elapsed = seconds(module, x_BSH, backward)
+            elapsed = seconds(module, x_BSH, phase)
             if turn > 0:  # the first turn warms up
                 times[name].append(elapsed)
     ratios = {name: [a / b for a, b in zip(times["loop"], own, strict=True)] for name, own in times.items()}
@@ -137,13 +138,12 @@ def main() -> None:
         x_BSH = torch.randn(args.images, tokens, args.width, device=args.device)
         with torch.no_grad():
             torch.testing.assert_close(ours["dense"](x_BSH), loop(x_BSH), rtol=1e-4, atol=1e-4)
-        for backward in (False, True):
-            phase = f"{tokens} tokens, " + ("forward and backward" if backward else "forward")
-            results[phase] = measure(contestants, x_BSH, backward, args.rounds)
+        for phase in PHASES:
+            results[f"{tokens} tokens, {phase}"] = rows = measure(contestants, x_BSH, phase, args.rounds)
             print(
                 f"\n{phase} ({args.images} images, {args.tasks} tasks, width {args.width}, {results['threads']} threads)"
             )
-            for name, row in results[phase].items():
+            for name, row in rows.items():
                 low, high = row["faster_than_loop_range"]
                 print(
                     f"  {name:12s}{row['milliseconds']:9.1f} ms  {row['faster_than_loop']:6.2f} x the loop ({low:.2f} to {high:.2f})"
