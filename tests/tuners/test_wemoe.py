@@ -640,6 +640,11 @@ def test_targets_of_the_wrong_kind_are_named_and_leave_the_base_alone(base, fine
         merge_finetuned(get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])), finetuned)
 
 
+def test_different_precisions_are_said(base):
+    with pytest.warns(UserWarning, match="the base model: torch.float32; a: torch.bfloat16"):
+        merge_finetuned(base.float(), {"a": finetune(base, 1).bfloat16()}, WEMoEConfig())
+
+
 def test_what_cannot_be_merged_is_said(base):
     tuned = finetune(base, 1)
     tuned.logit_scale.data += 1.0

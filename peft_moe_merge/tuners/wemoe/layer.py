@@ -47,6 +47,7 @@ class WEMoEBlock(nn.Module, WEMoELayer):
     """
 
     adapter_layer_names = ("wemoe_router",)
+    other_param_names = ("shared_routers",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -101,10 +102,6 @@ class WEMoEBlock(nn.Module, WEMoELayer):
             for linear in self.linears.values():
                 linear.gates_BT = None
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.shared_routers.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         """Return the block as it was before (merging has been refused by the model already)."""
         for path, linear in self.linears.items():
@@ -118,7 +115,16 @@ class WEMoEBlock(nn.Module, WEMoELayer):
 class WEMoELinear(nn.Module, WEMoELayer):
     """A linear layer and its task vectors, with gates from its block or, in projection routing, from its own input."""
 
-    other_param_names = ("wemoe_delta", "wemoe_index", "wemoe_down", "wemoe_up", "wemoe_bias", "wemoe_gate", "top_k")
+    other_param_names = (
+        "wemoe_delta",
+        "wemoe_index",
+        "wemoe_down",
+        "wemoe_up",
+        "wemoe_bias",
+        "wemoe_gate",
+        "top_k",
+        "gate_rank",
+    )
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
