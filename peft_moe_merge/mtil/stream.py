@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from . import checkpoint
 from .checkpoint import Progress
-from .data.batches import test_batches, train_batches
+from .data.batches import eval_batches, train_batches
 from .data.task import Task
 from .methods import Method
 from .settings import setting
@@ -182,7 +182,7 @@ def accuracy(method: Method, task: Task, settings: StreamSettings, accelerator: 
     method.model.to(accelerator.device).eval()
     method.prepare_evaluation(task)
     batches = accelerator.prepare(
-        test_batches(
+        eval_batches(
             task.test,
             method.processor.image_processor,
             batch_size=settings.eval_batch_size,

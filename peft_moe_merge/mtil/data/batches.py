@@ -60,7 +60,7 @@ def train_batches(
     )
 
 
-def test_batches(
+def eval_batches(
     dataset: Dataset, processor: BaseImageProcessor, *, batch_size: int, num_workers: int = 0
 ) -> DataLoader:
     """Go through all images once, in order, through the processor itself."""

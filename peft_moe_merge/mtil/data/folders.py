@@ -93,7 +93,9 @@ def _check_images(paths: list[Path], progress: bool) -> None:
 
 def _load_task(folder: Path) -> Task:
     def load(split: str) -> Dataset:
-        dataset = load_dataset("imagefolder", data_dir=str(folder / split), split="train", drop_labels=False)
+        # by pattern, not by `data_dir`: there, a class called "train" (CIFAR-100 has one) is taken for a split
+        files = {"train": str(folder / split / "*" / "*")}
+        dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
         return dataset.cast_column("image", Image(mode="RGB"))
 
     train, test = load("train"), load("test")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTextModel
 
 from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
 
@@ -70,8 +70,14 @@ class MoELoraMergeModel(BaseTuner):
                 self._hooks.append(module.register_forward_pre_hook(self._before_prompts, with_kwargs=True))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        taken = {part for name, _ in model.named_modules() for part in name.split(".")}
-        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "frozen"} - set(self.peft_config)
+        adapters = {
+            name
+            for layer in model.modules()
+            if isinstance(layer, BaseTunerLayer)
+            for name in layer._get_available_adapters()
+        }
+        taken = {part for name, _ in model.named_modules() for part in name.split(".")} - adapters
+        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "frozen"}
         if adapter_name.isdigit() or adapter_name in taken:
             raise ValueError(
                 f"An adapter can't be called {adapter_name!r}: that is also a part of the weights' names, by which PEFT "
@@ -436,13 +442,13 @@ class MoELoraMergeModel(BaseTuner):
                 names = ("input_ids", "attention_mask", "position_ids")
                 return model.get_text_features(**{name: inputs.get(name) for name in names}).pooler_output
 
-        return mixed_task_output(
-            model,
-            output,
-            ids.slot_B,
-            [lambda slot=slot: encode(slot) for slot in range(1, len(ids.present))],
-            return_loss=bool(inputs.get("return_loss")),
-        )
+        return_loss = bool(inputs.get("return_loss"))
+        as_tuple = isinstance(output, tuple)
+        if as_tuple:
+            output = CLIPOutput(*output) if return_loss else CLIPOutput(None, *output)
+        further = [lambda slot=slot: encode(slot) for slot in range(1, len(ids.present))]
+        output = mixed_task_output(model, output, ids.slot_B, further, return_loss)
+        return output.to_tuple() if as_tuple else output
 
     def _enabled(self) -> bool:
         return not any(layer.disable_adapters for layer in self._layers().values())

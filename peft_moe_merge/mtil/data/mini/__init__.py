@@ -16,15 +16,16 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .canvas import IMAGE_SIZE, render
-from .tasks import TASKS, Task
+from .tasks import TASKS, MiniTask
 
-__all__ = ["IMAGE_SIZE", "TASKS", "Task", "load_task", "mini_clip_path"]
+__all__ = ["IMAGE_SIZE", "TASKS", "MiniTask", "load_task", "mini_clip_path"]
 
 _SPLITS = ("train", "test")
 _DIGITS_TRAIN_SHARE = 0.65
+_DIGITS_MARGIN = 4
 
 
 def mini_clip_path() -> str:
@@ -86,7 +87,7 @@ def _image_seed(name: str, split: str, seed: int, label: int, k: int) -> list[in
 
 
 def _handwritten_digits(split: str, seed: int, per_class: int) -> list[Image.Image]:
-    """Real digits (8 x 8, 16 grey levels), enlarged; the first 65 % of each class train, the others test."""
+    """Real digits (8 x 8, 16 grey levels), enlarged, with MNIST's margin; the first 65 % of each class train, the others test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -103,5 +104,6 @@ def _handwritten_digits(split: str, seed: int, per_class: int) -> list[Image.Ima
         chosen = np.random.default_rng(_image_seed("digits", split, seed, value, 0)).permutation(side)[:per_class]
         for index in chosen:
             grey = Image.fromarray((digits.images[index] * 255 / 16).round().astype(np.uint8))
-            images.append(grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB"))
+            grey = grey.resize((IMAGE_SIZE - 2 * _DIGITS_MARGIN,) * 2, Image.Resampling.BICUBIC)
+            images.append(ImageOps.expand(grey, _DIGITS_MARGIN).convert("RGB"))
     return images

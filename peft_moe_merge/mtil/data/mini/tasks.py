@@ -13,7 +13,7 @@ from .concepts import aerial, animals, colors, digits, flowers, food, letters, s
 
 
 @dataclass(frozen=True)
-class Task:
+class MiniTask:
     """One task of the suite.
 
     Args:
@@ -59,31 +59,31 @@ _SERIF = (
 )
 
 _TABLE = (
-    Task(
+    MiniTask(
         "aerial",
         ("a satellite photo of {}.", "an aerial view of {}.", "{} seen from above."),
         aerial.CONCEPTS,
         replace(_FIELD, rotation=180, tint=25, noise=18),
     ),
-    Task(
+    MiniTask(
         "animals",
         ("a photo of a {}, a type of animal.", "the face of a {}."),
         animals.CONCEPTS,
         replace(_OBJECT, background=clutter("green", "brown", "tan", "light green", "gray", pieces=9), jitter=30),
     ),
-    Task(
+    MiniTask(
         "colors",
         ("a photo of a {} thing.", "something {}.", "a {} object."),
         colors.CONCEPTS,
         replace(_OBJECT, scale=(0.35, 0.8), shift=0.35, rotation=180, tint=22, light=0.9, occlusion=3),
     ),
-    Task(
+    MiniTask(
         "digits",
         ('a photo of the number: "{}".', "the handwritten digit {}."),
         digits.CONCEPTS,
         None,
     ),
-    Task(
+    MiniTask(
         "flowers",
         ("a photo of a {}, a type of flower.", "a {} in bloom."),
         flowers.CONCEPTS,
@@ -91,7 +91,7 @@ _TABLE = (
             _OBJECT, background=clutter("green", "dark green", "light green", "brown", pieces=10), tint=28, shear=0.35
         ),
     ),
-    Task(
+    MiniTask(
         "food",
         ("a photo of {}, a type of food.", "{} on a table."),
         food.CONCEPTS,
@@ -103,33 +103,39 @@ _TABLE = (
             light=0.8,
         ),
     ),
-    Task(
+    MiniTask(
         "letters",
         ('a photo of the letter "{}".', "the capital letter {}."),
         letters.CONCEPTS,
-        replace(_OBJECT, background=clutter(pieces=3), fonts=_SERIF, rotation=25, shear=0.4, noise=16),
+        replace(
+            _OBJECT,
+            background=clutter(pieces=1),
+            fonts=_SERIF,
+            scale=(0.75, 0.95),
+            shift=0.06,
+            rotation=8,
+            occlusion=1,
+        ),
     ),
-    Task(
+    MiniTask(
         "scenes",
         ("a photo of a scene: {}.", "a view of {}."),
         scenes.CONCEPTS,
         replace(_FIELD, rotation=10, tint=35, jitter=22, light=0.9, noise=16, occlusion=3),
     ),
-    Task(
+    MiniTask(
         "shapes",
         ("a photo of a {}, a type of shape.", "a {} among other things."),
         shapes.CONCEPTS,
-        replace(
-            _OBJECT, background=clutter(pieces=10), scale=(0.4, 0.8), shift=0.35, rotation=25, shear=0.25, occlusion=3
-        ),
+        replace(_OBJECT, background=clutter(pieces=3), scale=(0.65, 0.95), shift=0.1, rotation=12, occlusion=1),
     ),
-    Task(
+    MiniTask(
         "textures",
         ("a photo of a {} texture.", "a {} pattern.", "a surface that is {}."),
         textures.CONCEPTS,
-        replace(_FIELD, rotation=90, shear=0.35, tint=35, jitter=16, light=0.9, noise=18),
+        replace(_FIELD, rotation=45, shear=0.3, tint=30),
     ),
-    Task(
+    MiniTask(
         "vehicles",
         ("a photo of a {}, a type of vehicle.", "a {} seen from the side."),
         vehicles.CONCEPTS,
@@ -139,5 +145,5 @@ _TABLE = (
     ),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
+TASKS: dict[str, MiniTask] = {task.name: task for task in _TABLE}
 """The suite by name, in Order I (alphabetical)."""

@@ -1,0 +1,40 @@
+"""The metrics on a matrix worked out by hand."""
+
+import math
+
+import evaluate
+import pytest
+
+from peft_moe_merge.mtil.metrics import mtil
+
+#            task 0  task 1  task 2
+MATRIX = [[80.0, 30.0, 20.0], [70.0, 90.0, 26.0], [65.0, 84.0, 95.0]]
+EXPECTED = {
+    "transfer": (30 + (20 + 26) / 2) / 2,  # 26.5
+    "average": ((80 + 70 + 65) / 3 + (30 + 90 + 84) / 3 + (20 + 26 + 95) / 3) / 3,
+    "last": (65 + 84 + 95) / 3,
+    "forgetting": ((80 - 65) + (90 - 84)) / 2,  # 10.5
+}
+
+
+def test_evaluate_loads_it_from_the_package():
+    metric = evaluate.load(mtil.__file__)
+    result = metric.compute(accuracies=MATRIX)
+    for name, value in EXPECTED.items():
+        assert result[name] == pytest.approx(value)
+    assert result["transfer_per_task"][1:] == pytest.approx([30, 23]) and math.isnan(result["transfer_per_task"][0])
+    assert result["average_per_task"] == pytest.approx([215 / 3, 68, 47])
+    assert result["last_per_task"] == [65, 84, 95]
+    assert result["forgetting_per_task"][:2] == pytest.approx([15, 6]) and math.isnan(result["forgetting_per_task"][2])
+
+
+def test_one_task():
+    result = mtil.stream_metrics([[50.0]])
+    assert math.isnan(result["transfer"]) and math.isnan(result["forgetting"])
+    assert result["average"] == result["last"] == 50
+
+
+@pytest.mark.parametrize("matrix", [[], [[1.0, 2.0]], [[1.0], [2.0]]])
+def test_not_square(matrix):
+    with pytest.raises(ValueError, match="square"):
+        mtil.stream_metrics(matrix)
