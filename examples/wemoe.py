@@ -3,18 +3,19 @@
     accelerate launch examples/wemoe.py --model openai/clip-vit-base-patch32 --suite my_images --seeds 0 1 2
     accelerate launch examples/wemoe.py                       # the embedded benchmark with its small CLIP
 
-`--suite` takes `mini` or a folder `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on when the same
+`--suite` takes `mini`, `digits` or a folder `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on when the same
 command is given again.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
 
 from peft_moe_merge.mtil.clip import load_clip
-from peft_moe_merge.mtil.data.folders import load_folders
+from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
+from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS
 from peft_moe_merge.mtil.model_merging.report import print_report, save_picture
@@ -27,7 +28,7 @@ from peft_moe_merge.mtil.settings import setting
 class RunSettings:
     """What to run, and where."""
 
-    suite: str = setting("mini", "'mini', or a folder of tasks")
+    suite: str = setting("mini", "'mini', the embedded benchmark; 'digits'; or a folder of tasks")
     model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; default with 'mini': its own small one")
     tasks: list[str] | None = setting(None, "tasks to fine-tune on and merge; default: all but the held-out ones")
     held_out: list[str] = setting([], "tasks that are only tested on")
@@ -50,30 +51,18 @@ class RunSettings:
 
 
 def load_tasks(run: RunSettings, names: list[str] | None) -> list[Task]:
+    tasks = load_suite(run.suite, names)
     if run.suite != "mini":
-        return load_folders(run.suite, names)
-    from peft_moe_merge.mtil.data import mini
-
-    def load(name: str) -> Task:
-        task = mini.TASKS[name]
-        return Task(
-            name,
-            task.classes,
-            task.templates,
-            mini.load_task(name, "train", train_per_class=run.train_per_class),
-            mini.load_task(name, "test"),
-        )
-
-    return [load(name) for name in names or mini.TASKS]
+        return tasks
+    # Drawn tasks can have more images than a stream takes of them.
+    return [replace(t, train=load_task(t.name, "train", train_per_class=run.train_per_class)) for t in tasks]
 
 
 def build_clip(run: RunSettings) -> tuple[CLIPModel, CLIPProcessor]:
     if run.model is not None:
         return load_clip(run.model)
     if run.suite != "mini":
-        raise ValueError("--model is needed with --suite: a pretrained CLIP, as a folder or Hub id.")
-    from peft_moe_merge.mtil.data.mini import mini_clip_path
-
+        raise ValueError(f"--suite {run.suite} needs --model, a pretrained CLIP: a folder or Hub id.")
     return load_clip(mini_clip_path())
 
 

@@ -43,7 +43,8 @@ def print_report(results: dict[str, Any], console: Console | None = None) -> Non
 
     table = Table(
         title=f"{results['suite']}: accuracy in %, {len(runs)} seed(s)",
-        caption=f"Adapting methods saw unlabelled images of {adapted}.",
+        caption=f"Adapting methods saw unlabelled images of {adapted}. Seconds: to merge and adapt, or to train jointly; "
+        "the time to fine-tune the copies is not in them.",
     )
     table.add_column("method")
     for column in (*tasks, "average", "trainable", "stored M", "seconds"):
