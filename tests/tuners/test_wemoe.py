@@ -2,16 +2,19 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
 from wemoe_clip import TASKS, finetune, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, ensembling, merge_finetuned
@@ -520,6 +523,28 @@ def test_any_transformers_model_with_mlp_blocks():
     )
     ids = torch.arange(10).view(2, 5)
     torch.testing.assert_close(model(ids).last_hidden_state, tuned(ids).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif("MTIL_REAL_CLIP" not in os.environ, reason="MTIL_REAL_DIR and MTIL_REAL_CLIP are not set")
+def test_a_pretrained_clip_on_photographs(tmp_path):
+    folder = os.environ["MTIL_REAL_CLIP"]
+    base, processor = CLIPModel.from_pretrained(folder).eval(), CLIPImageProcessor.from_pretrained(folder)
+    paths = [
+        next(Path(os.environ["MTIL_REAL_DIR"], task, "test").glob(f"*/*{suffix}"))
+        for task, suffix in (("caltech101", ".jpg"), ("flowers102", ".jpg"), ("cifar100", ".png"), ("mnist", ".png"))
+    ]
+    images = processor([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")["pixel_values"]
+    tuned = {task: finetune(base, seed, size=0.005) for seed, task in enumerate(TASKS)}
+    for options in ({}, {"rank": 16}, {"sparsity": 0.9, "shared_router": True}, {"router": "projection"}):
+        model = merge_finetuned(copy.deepcopy(base), tuned, WEMoEConfig(**options))
+        stir_routers(model)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        with torch.no_grad():
+            together = features(model, images)
+            alone = torch.cat([features(loaded, image[None]) for image in images])
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+        assert torch.corrcoef(together)[0, 1:].max() < 0.99
 
 
 # --- what may be merged, and what may not ---------------------------------------------------------------------------
