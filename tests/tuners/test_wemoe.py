@@ -659,6 +659,9 @@ def test_targets_of_the_wrong_kind_are_named_and_leave_the_base_alone(base, fine
         with pytest.raises(TypeError, match=message):
             merge_finetuned(base, finetuned, WEMoEConfig(**options))
         assert [type(module) for module in base.modules()] == modules
+    with pytest.raises(ValueError, match="'feed_forward'} matches no module of CLIPModel"):
+        merge_finetuned(base, finetuned, WEMoEConfig(target_modules=["feed_forward"]))
+    assert [type(module) for module in base.modules()] == modules
     with pytest.raises(ValueError, match="tasks is empty"):
         get_peft_model(base, WEMoEConfig())
     with pytest.raises(ValueError, match="has adapters in it"):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 from transformers import CLIPModel
 
@@ -62,7 +63,7 @@ def finetune(
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, images, head_CD: torch.Tensor, batch_size: int = 100) -> float:
+def accuracy(model: torch.nn.Module, images: TensorDataset, head_CD: torch.Tensor, batch_size: int = 100) -> float:
     """Return the percentage of images whose class has the nearest text."""
     model.eval()
     device = next(model.parameters()).device

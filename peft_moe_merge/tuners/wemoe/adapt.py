@@ -26,7 +26,7 @@ from .zero_shot import task_logits
 
 
 def entropy(logits_BC: torch.Tensor, gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
-    """Mean Shannon entropy of the predictions (arXiv 2402.00433, equation 9; AdaMerging, arXiv 2310.02575).
+    """Mean Shannon entropy of the predictions (arXiv 2402.00433, after AdaMerging, arXiv 2310.02575).
 
     Its minimum is reached as well by answering always the same class: on hard images adaptation can collapse.
     """
@@ -84,7 +84,7 @@ def adapt_routers(
     checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Train the routers of the active adapter on unlabelled images (arXiv 2402.00433, section 3.3).
+    """Train the routers of the active adapter on unlabelled images (arXiv 2402.00433).
 
     Each step takes one batch of every task, whose task is thereby known, and adds up the tasks' losses; one task's
     graph is gone before the next one's is built. The model's mode (train or eval) is left as it was.

@@ -41,7 +41,7 @@ def merge_finetuned(
 
     Raises:
         ValueError: no fine-tuned model, a name twice, tensors that do not match `base` (each is named), float16 mixed
-            with bfloat16, NaN or infinite weights, a model equal to `base`.
+            with bfloat16, NaN or infinite weights, a model equal to `base`, targets that match nothing.
         TypeError: something that is not a model, a path or a state dict; a target that is not an MLP block.
     """
     vectors = load_task_vectors(base, finetuned)
@@ -56,6 +56,11 @@ def merge_finetuned(
     if config.target_modules is None:
         config.target_modules = default_targets(config.router, getattr(base, "config", None))
     targets = {name for name, _ in base.named_modules() if check_target_module_exists(config, name)}
+    if not targets:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no module of {type(base).__name__}; its modules have names "
+            f"such as {[name for name, _ in base.named_modules()][-3:]}."
+        )
     # SMILE leaves everything outside of its linear layers as pretrained.
     config.static_modules = [] if config.router == "projection" else _static_modules(vectors.changed(), targets)
     model = get_peft_model(base, config, adapter_name=adapter_name)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Router(nn.Module):
-    """The router of a WEMoE block (arXiv 2402.00433, section 3.2): `mean over tokens of r(x)`, not normalised.
+    """The router of a WEMoE block (arXiv 2402.00433): `mean over tokens of r(x)`, not normalised.
 
     It starts as the constant `scaling`, up to the noise of its N(0, 0.01²) weights, which makes the block task
     arithmetic.
