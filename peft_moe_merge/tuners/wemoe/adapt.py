@@ -97,7 +97,8 @@ def adapt_routers(
             for a reproducible run nothing else than torch's generators should be random.
         steps: optimizer steps.
         heads: for each task the normalised text features of its classes, `[C, D]`.
-        loss: `"entropy"` as published, `"mutual_information"` or `"entropy_with_prior"`, which resist collapse.
+        loss: `"entropy"` as published, `"mutual_information"` or `"entropy_with_prior"`, which resist collapse; none
+            helps a model whose predictions are mostly wrong.
         lr: Adam's learning rate.
         schedule: `"cosine"` to zero over `steps`, or `"constant"`.
         seed: of the order of images.
