@@ -1,11 +1,24 @@
-"""Mixture-of-LoRA experts that merge and freeze while a CLIP model learns one domain after another.
+"""Mixtures of experts for CLIP models that learn many image domains, as PEFT methods.
 
-Importing this package registers its methods with PEFT.
+`MoELoraMergeConfig`: LoRA experts with one router per task, which merge and freeze while tasks come one after another.
+`WEMoEConfig`: one model from several fine-tuned ones. Importing this package registers both with PEFT.
 """
 
 from .callback import ExpertMergeCallback
 from .router_freeze import RouterFreezeCallback
+from .static_merges import merge_static
 from .tuners.moe_lora_merge import MoELoraMergeConfig, MoELoraMergeModel
+from .tuners.wemoe import WEMoEConfig, WEMoEModel, adapt_routers, merge_finetuned
 
-__all__ = ["ExpertMergeCallback", "MoELoraMergeConfig", "MoELoraMergeModel", "RouterFreezeCallback"]
+__all__ = [
+    "ExpertMergeCallback",
+    "MoELoraMergeConfig",
+    "MoELoraMergeModel",
+    "RouterFreezeCallback",
+    "WEMoEConfig",
+    "WEMoEModel",
+    "adapt_routers",
+    "merge_finetuned",
+    "merge_static",
+]
 __version__ = "0.1.0"

@@ -86,6 +86,15 @@ def test_only_routers_feel_it():
     assert last and all("routers" in name for name in last)
 
 
+def test_a_model_can_be_copied_between_forward_and_backward():
+    model = adapted(router_balance_loss=1.0)
+    model(**tiny_batch())
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin.auxiliary_loss(), model.auxiliary_loss())
+    assert model.auxiliary_loss().requires_grad and not twin.auxiliary_loss().requires_grad
+    assert model.bake_task("a").peft_config["default"].tasks == ["a"]
+
+
 def test_balance_loss_balances():
     """From skewed routers, with no other loss: the load evens out."""
     model = adapted(router_balance_loss=1.0)

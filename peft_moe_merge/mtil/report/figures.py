@@ -18,7 +18,16 @@ from matplotlib.ticker import MaxNLocator
 from ..results import METRICS
 from .statistics import mean_matrix, over_seeds
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito 2008
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#d55e00",
+    "#f0e442",
+    "#000000",
+)  # Okabe and Ito 2008
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -142,7 +151,9 @@ def merge_figure(tasks: list[str], runs: Runs) -> Figure:
     merges = runs[0]["merges"]
     steps = [len(losses) for losses in runs[0]["losses"]]
     events = [
-        (first + step, merged) for first, of_task in zip(_starts(steps), merges, strict=True) for step, merged in of_task
+        (first + step, merged)
+        for first, of_task in zip(_starts(steps), merges, strict=True)
+        for step, merged in of_task
     ]
     figure = None
     for axes, block in _panels(_blocks([merged for _, merged in events]), 1.9):
@@ -168,7 +179,13 @@ def block_label(block: str) -> str:
 
 
 def _heat_map(
-    axes: Axes, values: np.ndarray, columns: list[str], rows: list[str], label: str, high: float | None = None, digits: int = 0
+    axes: Axes,
+    values: np.ndarray,
+    columns: list[str],
+    rows: list[str],
+    label: str,
+    high: float | None = None,
+    digits: int = 0,
 ) -> None:
     high = high or max(1.0, values.max())
     image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=high, edgecolor="white", linewidth=0.5)

@@ -60,9 +60,7 @@ def per_task(runs: Sequence[dict[str, Any]], metric: str) -> list[Estimate]:
     return [estimate(values) for values in zip(*(run[f"{metric}_per_task"] for run in runs), strict=True)]
 
 
-def paired_difference(
-    runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], metric: str
-) -> Estimate:
+def paired_difference(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], metric: str) -> Estimate:
     """Estimate by how much a method exceeds a baseline, from the seeds that both ran.
 
     What a seed makes easy or hard for both cancels out in the difference.

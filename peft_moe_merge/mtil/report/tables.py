@@ -92,10 +92,14 @@ def print_results(results: dict[str, Any], console: Console | None = None, basel
         if len(runs) == 1:
             title = f"{name}, seed {runs[0]['seed']}"
             caption = "accuracy in %; rows: after training the task, columns: tested on"
-            console.print(_table(matrix_rows(results["tasks"], runs[0]), title, caption, sections=[len(results["tasks"])]))
+            console.print(
+                _table(matrix_rows(results["tasks"], runs[0]), title, caption, sections=[len(results["tasks"])])
+            )
     for metric in COMPARED:
         console.print(_table(task_rows(results, metric), metric.capitalize(), "accuracy in %"))
-    console.print(_table(summary_rows(results, baseline), f"suite {results['suite']}", summary_caption(results, baseline)))
+    console.print(
+        _table(summary_rows(results, baseline), f"suite {results['suite']}", summary_caption(results, baseline))
+    )
 
 
 def _table(rows: Rows, title: str, caption: str, sections: list[int] = ()) -> Table:

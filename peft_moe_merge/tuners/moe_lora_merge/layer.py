@@ -107,6 +107,12 @@ class Decisions:
     scores_GE: Tensor
     indices_GK: Tensor
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decisions:
+        # a copy of the model has no part in the graph of the forward pass that this comes from
+        return Decisions(
+            self.task, self.probabilities_GE.detach().clone(), self.scores_GE.clone(), self.indices_GK.clone()
+        )
+
 
 class RouterBank(nn.Module):
     """One block's routers, one per task in the order of `config.tasks`, and how often each selected which expert.
