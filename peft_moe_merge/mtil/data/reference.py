@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Features, Image, load_dataset
+from PIL import Image as PILImage
 
 from .mini.drawings import draw_images, pair_table
 
@@ -37,7 +38,8 @@ def load_reference(source: str) -> Reference:
     """
     if source == "mini":
         pairs = pair_table(_DRAWINGS)
-        images = Dataset.from_dict({"image": list(draw_images(pairs, _SEED))}).cast_column("image", Image())
+        drawings = [PILImage.fromarray(pixels) for pixels in draw_images(pairs, _SEED)]
+        images = Dataset.from_dict({"image": drawings}, features=Features({"image": Image()}))
         return Reference(images, sorted({caption for pair in pairs for caption in pair.captions}))
     folder = Path(source)
     if not any(path.is_file() for path in folder.glob("*/*")):

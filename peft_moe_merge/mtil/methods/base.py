@@ -30,7 +30,9 @@ class MethodSettings:
     freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
     merge_strategy: str = setting("average", "how two experts become one: average or aligned")
     merge_pair: str = setting("most_used", "which two experts merge: most_used or most_similar")
-    full_lr_share: float = setting(0.5, "learning rate of methods that train all of CLIP's weights, over `lr`")
+    full_lr: float = setting(
+        5e-4, "peak learning rate of methods that train all of CLIP's weights; 1e-5 for CLIPs of the usual size"
+    )
     lora_r: int = setting(16, "rank of a LoRA")
     wise_alpha: float = setting(0.5, "wise_ft: share of the weights after a task; the rest is of those before it")
     distillation_weight: float = setting(1.0, "lwf, lwf_vr, zscl, icarl: of the distillation loss")
@@ -47,8 +49,8 @@ class MethodSettings:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.wise_alpha <= 1:
             raise ValueError(f"`wise_alpha` must lie in [0, 1], got {self.wise_alpha}.")
-        if self.full_lr_share <= 0:
-            raise ValueError(f"`full_lr_share` must be positive, got {self.full_lr_share}.")
+        if self.full_lr <= 0:
+            raise ValueError(f"`full_lr` must be positive, got {self.full_lr}.")
         if self.distillation_weight < 0:
             raise ValueError(f"`distillation_weight` must not be negative, got {self.distillation_weight}.")
 
@@ -81,7 +83,7 @@ class Method(ABC):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def learning_rate(self, lr: float) -> float:
-        """Return the peak learning rate that the method takes where adapters take `lr`."""
+        """Return the peak learning rate for a task where the stream suggests `lr`, which suits adapters."""
         return lr
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ class WholeClip(Method):
     """Trains all weights but the logit scale, and keeps them all."""
 
     def learning_rate(self, lr: float) -> float:
-        return lr * self.settings.full_lr_share
+        return self.settings.full_lr
 
     def save(self, folder: Path) -> None:
         save_model(self.model, str(folder / "model.safetensors"))

@@ -68,12 +68,17 @@ class ZSCL(WholeClip):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
         if self.steps % self.settings.average_every == 0:
-            self.averaged += 1
-            for mean, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.copy_(torch.lerp(mean.to(weight.device), weight, 1 / self.averaged))
+            self._average()
+
+    def _average(self) -> None:
+        self.averaged += 1
+        for mean, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.copy_(torch.lerp(mean.to(weight.device), weight, 1 / self.averaged))
 
     @torch.no_grad()
     def end_task(self) -> None:
+        if self.steps % self.settings.average_every:  # the last weights count, however short the task
+            self._average()
         for weight, mean in zip(self.model.parameters(), self.average.parameters(), strict=True):
             weight.copy_(mean)
         del self.average
