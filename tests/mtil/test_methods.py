@@ -1,8 +1,10 @@
 """Every method over a short stream, and what sets each apart."""
 
 import copy
+import functools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_moe_merge.mtil.clip import small_clip
+from peft_moe_merge.mtil.clip import load_clip, small_clip
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.reference import load_reference
+from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.methods.distillation import distillation_loss
 from peft_moe_merge.mtil.methods.herding import herd
@@ -49,7 +53,10 @@ TRAINED = sorted(PUBLISHED - {"zero_shot"})
 
 @pytest.fixture(scope="module")
 def tasks():
-    return load_digit_tasks()
+    return [
+        replace(task, train=task.train.select(range(96)), test=task.test.select(range(48)))
+        for task in load_digit_tasks()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def make(tasks):
 
 @pytest.fixture
 def run(tasks, make, tmp_path):
-    def stream(name, *, folder=None, steps=5, lr=3e-3, settings=SETTINGS, count=3, **kwargs):
+    def stream(name, *, folder=None, steps=3, lr=3e-3, settings=SETTINGS, count=3, **kwargs):
         training = StreamSettings(steps=steps, batch_size=16, lr=[lr])
         return run_stream(
             tasks[:count],
@@ -77,6 +84,25 @@ def run(tasks, make, tmp_path):
         )
 
     return stream
+
+
+@pytest.fixture(scope="module")
+def learn(tmp_path_factory):
+    """Accuracies of two tasks that the small pretrained CLIP learns, few steps each."""
+    pair = load_suite("mini", ["aerial", "flowers"], few_shot=16)
+
+    @functools.cache
+    def matrix(name):
+        settings = MethodSettings(full_lr=1e-3, exemplars=100, extra_batch_size=32)
+        return run_stream(
+            pair,
+            lambda: METHODS[name](*load_clip(mini_clip_path()), settings),
+            StreamSettings(steps=20, batch_size=32, lr=[3e-3]),
+            tmp_path_factory.mktemp(name),
+            Accelerator(cpu=True),
+        ).matrix
+
+    return matrix
 
 
 def some_batch(size=6, classes=3, seed=0):
@@ -124,7 +150,7 @@ def test_the_registry_has_the_published_names():
 def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
     straight = run(name)
     assert [len(row) for row in straight.matrix] == [3, 3, 3]
-    assert all(np.isfinite(losses).all() and len(losses) == 5 for losses in straight.losses)
+    assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
     assert straight.trainable_parameters > 0 and straight.stored_bytes > 0
 
     run(name, folder="resumed", stop_after=1)
@@ -198,10 +224,11 @@ def test_settings_are_checked(settings):
 # sequences -----------------------------------------------------------------------------------------------------------
 
 
-def test_finetune_learns_and_forgets(run):
-    matrix = run("finetune", steps=60).matrix
-    assert matrix[0][0] > 70, "four digits, learnt from nothing"
-    assert matrix[2][0] < matrix[0][0] - 20, "gone after two other tasks"
+def test_finetune_learns_and_forgets(learn):
+    matrix, zero_shot = learn("finetune"), learn("zero_shot")[0]
+    assert matrix[0][0] > zero_shot[0] + 10
+    assert matrix[1][1] > zero_shot[1] + 5
+    assert matrix[1][0] < matrix[0][0] - 10, "gone after another task"
 
 
 def test_lora_trains_adapters_alone_and_one_for_all_tasks(make, tasks):
@@ -217,17 +244,12 @@ def test_lora_trains_adapters_alone_and_one_for_all_tasks(make, tasks):
     assert plain.keys() == base.keys() and all(torch.equal(weight, base[name]) for name, weight in plain.items())
 
 
-def test_lora_per_task_forgets_nothing(run):
-    matrix = np.array(run("lora_per_task", steps=30).matrix)
-    zero_shot = run("zero_shot").matrix[0]
-    for learnt in range(3):
-        for task in range(3):
-            expected = zero_shot[task] if task > learnt else matrix[task][task]
-            assert matrix[learnt][task] == expected
-    assert matrix[0][0] > zero_shot[0] + 10
-    sequential = np.array(run("lora", steps=30).matrix)
-    assert sequential[0][0] == matrix[0][0], "the first task is the same"
-    assert sequential[2][0] < matrix[2][0], "and is forgotten in sequence"
+def test_lora_per_task_forgets_nothing(learn):
+    matrix, zero_shot, sequential = learn("lora_per_task"), learn("zero_shot")[0], learn("lora")
+    assert matrix[0][0] > zero_shot[0] + 5 and matrix[1][1] > zero_shot[1] + 5
+    assert matrix[0][1] == zero_shot[1], "plain CLIP for a task not learnt"
+    assert matrix[1][0] == matrix[0][0], "kept exactly"
+    assert sequential[0][0] == matrix[0][0] and sequential[1][0] != matrix[0][0], "in sequence they share one"
 
 
 def test_lora_per_task_learns_only_the_newest_adapter(make, tasks):
@@ -244,12 +266,12 @@ def test_lora_per_task_learns_only_the_newest_adapter(make, tasks):
 
 
 def test_moe_adapters_is_ours_without_merging(run):
-    adapters = run("moe_adapters")
-    assert adapters.merges == [[], [], []]
+    adapters = run("moe_adapters", count=2)
+    assert adapters.merges == [[], []]
     never = MethodSettings(**{**vars(SETTINGS), "merge_every": 1000})
-    unmerged = run("moe_lora_merge", folder="unmerged", settings=never)
+    unmerged = run("moe_lora_merge", folder="unmerged", settings=never, count=2)
     assert (adapters.matrix, adapters.losses, adapters.frozen) == (unmerged.matrix, unmerged.losses, unmerged.frozen)
-    assert run("moe_lora_merge").losses != adapters.losses
+    assert run("moe_lora_merge", count=2).losses != adapters.losses
     assert all(len(frozen) >= SETTINGS.freeze_top_k for frozen in adapters.frozen[0].values())
 
 
@@ -388,23 +410,6 @@ def test_zscl_distils_both_ways_from_the_original_clip(make, tasks):
     assert all(parameter.grad is None for parameter in method.teacher.parameters())
 
 
-def test_a_stronger_teacher_holds_the_weights_back(run, tmp_path, make):
-    moved = {}
-    start = make("zscl").model.state_dict()
-    for weight in (0.0, 100.0):
-        settings = MethodSettings(**{**vars(SETTINGS), "distillation_weight": weight})
-        run("lwf_vr", folder=f"weight_{weight}", settings=settings, count=1, steps=15)
-        after = load_file(tmp_path / f"weight_{weight}" / "after_1" / "model.safetensors")
-        method = make("lwf_vr")
-        method.model.load_state_dict(after)
-        plain = make("lwf_vr")
-        plain.model.load_state_dict(start)
-        texts, batch = ["a photo of the number", "number of photo the a"], some_batch(16)
-        student, teacher = (logits_of(m, m.model, batch["pixel_values"], texts) for m in (method, plain))
-        moved[weight] = reference_distillation(student, teacher)
-    assert moved[100.0] < 0.5 * moved[0.0]
-
-
 # reference set -------------------------------------------------------------------------------------------------------
 
 
@@ -498,12 +503,10 @@ def test_icarl_needs_room_for_every_class(run):
         run("icarl", settings=MethodSettings(exemplars=5), steps=1)
 
 
-def test_replay_forgets_less(run):
-    settings = MethodSettings(**{**vars(SETTINGS), "exemplars": 100, "extra_batch_size": 32})
-    replay = run("icarl", steps=60, settings=settings).matrix
-    sequential = run("finetune", steps=60).matrix
+def test_replay_forgets_less(learn):
+    replay, sequential = learn("icarl"), learn("finetune")
     assert replay[0][0] == sequential[0][0], "the first task is the same"
-    assert replay[2][0] > sequential[2][0] + 10
+    assert replay[1][0] > sequential[1][0] + 5
 
 
 def test_what_is_kept_is_counted(run, tmp_path):

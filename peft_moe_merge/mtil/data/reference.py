@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Reference:
     sentences: list[str]
 
 
+@functools.cache
 def load_reference(source: str) -> Reference:
     """Load a reference set.
 
