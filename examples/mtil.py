@@ -33,7 +33,7 @@ class RunSettings:
     tasks: list[str] | None = setting(None, "which tasks of the suite, in which order; default: all")
     order: str = setting("I", "of the tasks: I, II or random")
     few_shot: int | None = setting(None, "training images per class; default: all")
-    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; 'untrained'; default: the suite's own")
+    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; 'untrained': a small one; default: mini's")
     methods: list[str] = setting(["zero_shot", "moe_lora_merge"], f"any of {', '.join(METHODS)}")
     seeds: list[int] = setting([42], "one run each")
     output_dir: str = setting("runs/mtil", "where checkpoints, results and pictures go")
@@ -50,9 +50,8 @@ class RunSettings:
 
 
 def build_clip(run: RunSettings, tasks: list[Task]) -> tuple[CLIPModel, CLIPProcessor]:
-    model = run.model or ("untrained" if run.suite == "digits" else mini_clip_path())
-    if model != "untrained":
-        return load_clip(model)
+    if run.model != "untrained":
+        return load_clip(run.model or mini_clip_path())
     return small_clip(prompt for task in tasks for template in task.templates for prompt in task.prompts(template))
 
 

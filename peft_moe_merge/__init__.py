@@ -4,7 +4,8 @@ Importing this package registers its methods with PEFT.
 """
 
 from .callback import ExpertMergeCallback
+from .router_freeze import RouterFreezeCallback
 from .tuners.moe_lora_merge import MoELoraMergeConfig, MoELoraMergeModel
 
-__all__ = ["ExpertMergeCallback", "MoELoraMergeConfig", "MoELoraMergeModel"]
+__all__ = ["ExpertMergeCallback", "MoELoraMergeConfig", "MoELoraMergeModel", "RouterFreezeCallback"]
 __version__ = "0.1.0"

@@ -13,6 +13,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .merging import Merge
 
 
+def unwrap(model: nn.Module) -> Any:
+    """Take a model with experts out of whatever wraps it for parallel training or compilation.
+
+    Raises:
+        TypeError: it has no experts.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not hasattr(model, "merge_experts"):
+        raise TypeError(
+            "This callback needs a model with experts, `get_peft_model(model, MoELoraMergeConfig(...))`; got "
+            f"{type(model).__name__}."
+        )
+    return model
+
+
 class ExpertMergeCallback(TrainerCallback):
     """Merges experts every so many optimizer steps, and freezes a task's favourites when its training ends.
 
@@ -69,22 +84,24 @@ class ExpertMergeCallback(TrainerCallback):
         Raises:
             TypeError: the model has no experts that could merge.
         """
-        model = self._unwrap(model)
+        model = unwrap(model)
         self.steps = steps
         self.merges = []
         if steps == 0:
             model.reset_expert_usage()
+        model.set_landmark()
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Call after every optimizer step, in all processes. Merges when it is time."""
         if getattr(optimizer, "step_was_skipped", False):  # by a gradient scaler that met an overflow
             return
         self.steps += 1
-        model = self._unwrap(model)
+        model = unwrap(model)
         if self.merge_every is None or self.steps % self.merge_every:
             model.share_expert_usage()
             return
         merges = model.merge_experts(optimizer if self.optimizer_state == "reset" else None)
+        model.set_landmark()
         self.merges.append((self.steps, merges))
         unmerged = len(model.frozen_experts()) - len(merges)
         if unmerged and not self._warned:
@@ -98,17 +115,7 @@ class ExpertMergeCallback(TrainerCallback):
 
     def end_task(self, model: nn.Module) -> None:
         """Freeze the task's favourites. Call once when its training is over, in all processes."""
-        self._unwrap(model).freeze_experts(self.freeze_top_k)
-
-    @staticmethod
-    def _unwrap(model: nn.Module) -> Any:
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
-        if not hasattr(model, "merge_experts"):
-            raise TypeError(
-                f"ExpertMergeCallback needs a model with experts, `get_peft_model(model, MoELoraMergeConfig(...))`; "
-                f"got {type(model).__name__}."
-            )
-        return model
+        unwrap(model).freeze_experts(self.freeze_top_k)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

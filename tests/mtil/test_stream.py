@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from peft_moe_merge.mtil import checkpoint
 from peft_moe_merge.mtil.clip import load_clip, small_clip
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
@@ -23,12 +24,11 @@ METHOD = MethodSettings(num_experts=8, r=8, merge_every=10)
 
 
 def build(tasks, name="moe_lora_merge"):
-    prompts = [prompt for task in tasks for prompt in task.prompts(task.templates[0])]
-    return lambda: METHODS[name](*small_clip(prompts), METHOD)
+    return lambda: METHODS[name](*load_clip(mini_clip_path()), METHOD)
 
 
 def run(folder, tasks, name="moe_lora_merge", steps=25, **kwargs):
-    settings = StreamSettings(steps=steps, batch_size=16, lr=[3e-3])
+    settings = StreamSettings(steps=steps, batch_size=16, lr=[5e-3])
     return run_stream(tasks, build(tasks, name), settings, folder, Accelerator(cpu=True), seed=5, **kwargs)
 
 
@@ -66,7 +66,7 @@ def test_stream_over_real_digits(tasks, tmp_path):
     assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == ["after_3"], "one checkpoint stays"
 
     # what is on disk is the model
-    clip, _ = small_clip([prompt for task in tasks for prompt in task.prompts(task.templates[0])])
+    clip, _ = load_clip(mini_clip_path())
     model = PeftModel.from_pretrained(clip, tmp_path / "straight" / "after_3")
     assert model.peft_config["default"].tasks == [task.name for task in tasks]
     assert model.frozen_experts() == straight.frozen[-1]
@@ -150,7 +150,7 @@ def launch(*arguments, expect=0):
 
 def test_example(tmp_path):
     arguments = ("--steps", 12, "--batch_size", 16, "--num_experts", 6, "--r", 4, "--merge_every", 5)
-    done = launch(*arguments, "--mixed_precision", "bf16", "--output_dir", tmp_path)
+    done = launch("--suite", "digits", *arguments, "--mixed_precision", "bf16", "--output_dir", tmp_path)
     for expected in ("moe_lora_merge, seed 42", "Transfer", "digits_7_to_9", "accuracy in %", "picture: "):
         assert expected in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
@@ -179,14 +179,29 @@ def test_example_refuses_before_the_first_step(tmp_path):
     assert "No images in" in done.stderr and "step" not in done.stdout
 
 
-@pytest.mark.slow
+def test_untrained_clip_with_its_own_tokenizer(tasks, tmp_path):
+    """The small CLIP is the same each time, tells prompts apart, and comes back from disk as it was."""
+    prompts = [prompt for task in tasks for prompt in task.prompts(task.templates[0])]
+    (clip, processor), (again, _) = small_clip(prompts), small_clip(prompts)
+    assert all(torch.equal(a, b) for a, b in zip(clip.parameters(), again.parameters(), strict=True))
+    tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")["input_ids"]
+    assert (tokens[:, 0] == clip.config.text_config.bos_token_id).all()
+    assert (tokens == clip.config.text_config.eos_token_id).any(dim=1).all() and len(tokens.unique(dim=0)) == 10
+    clip.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, loaded_processor = load_clip(tmp_path)
+    inputs = loaded_processor(text=prompts[:3], images=[tasks[0].test[0]["image"].convert("RGB")], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits_per_image, clip(**inputs).logits_per_image)
+
+
 def test_photographs(real_images, real_clip, tmp_path):
     """A CLIP that was trained on other photographs learns three real domains; save, load, same features."""
     from peft_moe_merge.mtil.data.folders import load_folders
 
-    tasks = load_folders(real_images, ["caltech101", "food101", "mnist"], progress=False)
-    settings = StreamSettings(steps=40, batch_size=32, lr=[5e-3])
-    method_settings = MethodSettings(num_experts=20, merge_every=15)
+    tasks = load_folders(real_images, ["caltech101", "flowers102", "mnist"], progress=False)
+    settings = StreamSettings(steps=30, batch_size=32, lr=[5e-3])
+    method_settings = MethodSettings(num_experts=20, merge_every=12)
 
     def learn(name):
         accelerator = Accelerator(cpu=True)

@@ -30,6 +30,10 @@ class MethodSettings:
     freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
     merge_strategy: str = setting("average", "how two experts become one: average or aligned")
     merge_pair: str = setting("most_used", "which two experts merge: most_used or most_similar")
+    router_balance_loss: float = setting(0.0, "weight of the loss that spreads samples over experts")
+    router_locality_loss: float = setting(0.0, "weight of the loss that keeps routers off experts that moved far")
+    router_stop: int | None = setting(None, "steps of a task after which its routers train no more")
+    router_gap: float | None = setting(None, "stop each router by the gate-gap test with this threshold instead")
     full_lr: float = setting(
         5e-4, "peak learning rate of methods that train all of CLIP's weights; 1e-5 for CLIPs of the usual size"
     )

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
+from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
 
+from ..data.batches import Batch
 from ..data.task import Task
 from .base import Method, MethodSettings
 
@@ -23,25 +25,50 @@ class MoELoraMerge(Method):
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: MethodSettings):
         super().__init__(clip, processor, settings)
         self.callback = ExpertMergeCallback(settings.merge_every, settings.freeze_top_k)
+        self.router_freeze: RouterFreezeCallback | None = None
+        if settings.router_gap is not None:
+            self.router_freeze = RouterFreezeCallback(gap=settings.router_gap, explore=settings.merge_every)
+        elif settings.router_stop is not None:
+            self.router_freeze = RouterFreezeCallback(at_step=settings.router_stop)
         self.learnt: list[str] = []
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         if not isinstance(self.model, PeftModel):
-            names = ("num_experts", "top_k", "r", "merge_strategy", "merge_pair")
+            names = (
+                "num_experts",
+                "top_k",
+                "r",
+                "merge_strategy",
+                "merge_pair",
+                "router_balance_loss",
+                "router_locality_loss",
+            )
             config = MoELoraMergeConfig(tasks=[task.name], **{name: getattr(self.settings, name) for name in names})
             self.model = get_peft_model(self.model, config)
         else:
             self.model.add_task(task.name)
         self.model.set_task(task.name)
         self.callback.begin_task(self.model)
+        if self.router_freeze is not None:
+            self.router_freeze.begin_task(self.model)
         self.learnt.append(task.name)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        if self.settings.router_balance_loss or self.settings.router_locality_loss:
+            loss = loss + self.model.auxiliary_loss()
+        return loss
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.callback.step(self.model, optimizer)
+        if self.router_freeze is not None:
+            self.router_freeze.step(self.model, optimizer)
 
     def end_task(self) -> None:
         self.callback.end_task(self.model)
+        if self.router_freeze is not None:
+            self.router_freeze.end_task(self.model)
 
     def prepare_evaluation(self, task: Task) -> None:
         self.model.set_task(task.name if task.name in self.learnt else None)

@@ -41,6 +41,9 @@ class MoELoraMergeConfig(PeftConfig):
         merge_strategy: how they become one, "average" (the paper's) or "aligned" (hidden units are matched first).
         merge_router_columns: what the router's column of the overwritten expert becomes, "keep" (the paper's) or the
             "mean" of the two experts' columns.
+        router_balance_loss: weight of a loss that spreads a task's samples over the experts; 0 is off. With this or the
+            next, add `model.auxiliary_loss()` to the loss.
+        router_locality_loss: weight of a loss that keeps the router off experts that have moved far; 0 is off.
         format_version: version of the adapter's files; set by the library.
 
     Raises:
@@ -83,6 +86,8 @@ class MoELoraMergeConfig(PeftConfig):
     merge_router_columns: Literal["keep", "mean"] = field(
         default="keep", metadata={"help": "What the router's column of the overwritten expert becomes."}
     )
+    router_balance_loss: float = field(default=0.0, metadata={"help": "Weight of the load balance loss."})
+    router_locality_loss: float = field(default=0.0, metadata={"help": "Weight of the locality loss."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter's files."})
 
     def __new__(cls, *args, **kwargs):
@@ -116,6 +121,9 @@ class MoELoraMergeConfig(PeftConfig):
             )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` must lie in [0, 1), got {self.lora_dropout!r}.")
+        for name in ("router_balance_loss", "router_locality_loss"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"`{name}` is the weight of a loss, at least 0; got {getattr(self, name)!r}.")
         for name, choices in (
             ("expert_input", ("residual", "normalized")),
             ("merge_pair", tuple(PAIRS)),

@@ -6,6 +6,7 @@ Shapes: B samples, L tokens, D input width, O output width, R bottleneck rank, E
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from peft_moe_merge.experts import distinct_experts, mixture, stack
 from peft_moe_merge.merging import Expert
 from peft_moe_merge.routing import router_logits, selection_counts, top_k_gates
+from peft_moe_merge.routing_losses import displacement
 
 from .config import MoELoraMergeConfig
 from .tasks import TaskState
@@ -33,6 +35,7 @@ class ExpertBank(nn.Module):
     Attributes:
         down_weight, down_bias, up_weight, up_bias: per expert R x D, R, R x O, O (unit by unit, see `experts`).
         frozen: bool E.
+        landmark: copies of all experts from which their movement is measured, where a loss asks for it.
     """
 
     def __init__(self, config: MoELoraMergeConfig, in_features: int, out_features: int):
@@ -42,6 +45,7 @@ class ExpertBank(nn.Module):
             experts = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(config.num_experts))
             self.add_module(name, experts)
         self.register_buffer("frozen", torch.zeros(config.num_experts, dtype=torch.bool))
+        self.landmark: list[Expert] | None = None
 
     def reset_parameters(self, init_weights: bool) -> None:
         for down, down_bias, up, up_bias in zip(*(getattr(self, name) for name in EXPERT_TENSORS), strict=True):
@@ -57,6 +61,21 @@ class ExpertBank(nn.Module):
         """Return one expert's tensors, without gradient, sharing their memory."""
         return {name: getattr(self, name)[index].detach() for name in EXPERT_TENSORS}
 
+    def set_landmark(self) -> None:
+        """Measure movement from here."""
+        self.landmark = [
+            {name: tensor.clone() for name, tensor in self.expert(index).items()} for index in range(len(self.frozen))
+        ]
+
+    def movement(self, experts: list[int]) -> Tensor:
+        """Return how far the listed experts have moved since the landmark, and 0 for all others: shape E, no gradient."""
+        if self.landmark is None:
+            self.set_landmark()
+        moved_E = torch.zeros(len(self.frozen), device=self.frozen.device)
+        for expert in experts:
+            moved_E[expert] = displacement(self.expert(expert), self.landmark[expert])
+        return moved_E
+
     def forward(self, x_BLD: Tensor, indices_GK: Tensor, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
         experts, positions_GK = distinct_experts(indices_GK)
         stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
@@ -67,6 +86,28 @@ class ExpertBank(nn.Module):
         return self.down_weight[0].dtype
 
 
+def in_backward() -> bool:
+    """Tell whether a backward pass is under way, so that this forward pass recomputes an earlier one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class Decisions:
+    """What a router decided in its latest training forward pass, kept for losses and for the stop rule.
+
+    Attributes:
+        task: whose router it was.
+        probabilities_GE: softmax over all experts of the noisy scores, with gradient.
+        scores_GE: the scores without noise.
+        indices_GK: the experts selected.
+    """
+
+    task: int
+    probabilities_GE: Tensor
+    scores_GE: Tensor
+    indices_GK: Tensor
+
+
 class RouterBank(nn.Module):
     """One block's routers, one per task in the order of `config.tasks`, and how often each selected which expert.
 
@@ -75,6 +116,9 @@ class RouterBank(nn.Module):
     Attributes:
         weight, noise_weight: per task D x E.
         usage: int64 T x E, selections in training, of all processes, as far as they have been shared.
+        stopped: bool T, whose router has learnt enough and trains no more.
+        keep_decisions: keep what is decided in training, see `decisions`.
+        decisions: those of the latest training forward pass, one entry per task in it.
         unshared_usage: int64 T x E, what this process has counted since and not yet shared with the others. Not a
             buffer: data parallel training overwrites those with the first process's.
     """
@@ -85,6 +129,9 @@ class RouterBank(nn.Module):
         self.weight = nn.ParameterList()
         self.noise_weight = nn.ParameterList()
         self.register_buffer("usage", torch.zeros(0, config.num_experts, dtype=torch.int64))
+        self.register_buffer("stopped", torch.zeros(0, dtype=torch.bool))
+        self.keep_decisions = config.router_balance_loss > 0 or config.router_locality_loss > 0
+        self.decisions: list[Decisions] = []
         self.unshared_usage = torch.zeros(0, config.num_experts, dtype=torch.int64, device="cpu")
         self.register_state_dict_pre_hook(_count_everything)
         for _ in config.tasks:
@@ -95,6 +142,7 @@ class RouterBank(nn.Module):
         for routers in (self.weight, self.noise_weight):
             routers.append(nn.Parameter(torch.zeros(self.shape, dtype=like.dtype, device=like.device)))
         self.usage = F.pad(self.usage, (0, 0, 0, 1))
+        self.stopped = F.pad(self.stopped, (0, 1))
         self.unshared_usage = F.pad(self.unshared_usage, (0, 0, 0, 1))
 
     def count(self, task: int, counts_E: Tensor) -> None:
@@ -113,8 +161,13 @@ class RouterBank(nn.Module):
         # A choice between experts is a comparison of close numbers: half precision would decide it by rounding.
         dtype = torch.promote_types(weight_DE.dtype, torch.float32)
         with torch.autocast(x_BD.device.type, enabled=False):
-            noise_DE = noise_DE.to(dtype) if self.training else None
-            return top_k_gates(router_logits(x_BD.to(dtype), weight_DE.to(dtype), noise_DE), top_k)
+            x_BD, weight_DE = x_BD.to(dtype), weight_DE.to(dtype)
+            logits_BE = router_logits(x_BD, weight_DE, noise_DE.to(dtype) if self.training else None)
+            indices_BK, gates_BK = top_k_gates(logits_BE, top_k)
+            if self.training and self.keep_decisions and not in_backward():
+                scores_BE = router_logits(x_BD.detach(), weight_DE.detach())
+                self.decisions.append(Decisions(task, logits_BE.softmax(dim=-1), scores_BE, indices_BK))
+            return indices_BK, gates_BK
 
 
 def several_processes() -> bool:
@@ -127,11 +180,6 @@ def _count_everything(routers: RouterBank, prefix: str, keep_vars: bool) -> None
     # there, the counts in a state dict are those of the last time they were shared, which is every optimizer step.
     if not several_processes():
         routers.usage += routers.take_unshared_usage()
-
-
-def in_backward() -> bool:
-    """Tell whether a backward pass is under way, so that this forward pass recomputes an earlier one."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
@@ -194,9 +242,11 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
                 for parameter, frozen in zip(getattr(experts, name), frozen_E, strict=True):
                     parameter.requires_grad_(trainable and not frozen)
             routers = self.moe_lora_routers[adapter_name]
+            stopped = () if routers.stopped.is_meta else routers.stopped.nonzero().flatten().tolist()
             for parameters in (routers.weight, routers.noise_weight):
                 for task, parameter in enumerate(parameters):
-                    parameter.requires_grad_(trainable and task == self.tasks.current.get(adapter_name))
+                    learns = task == self.tasks.current.get(adapter_name) and task not in stopped
+                    parameter.requires_grad_(trainable and learns)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         adapter_names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -245,6 +295,8 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             return result
         experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
         x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
+        if not in_backward():
+            routers.decisions = []
         indices, gates = [], []
         for task, rows in groups:
             start_BD = x_BLD[:, 0] if rows is None else x_BLD[rows, 0]

@@ -18,12 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTextModel
 
 from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
+from peft_moe_merge.routing_losses import balance_loss, locality_loss
 
 from .config import MoELoraMergeConfig, check_new_task
 from .layer import (
     EXPERT_TENSORS,
     MLP,
     NOT_MERGEABLE,
+    Decisions,
     ExpertBank,
     Linear,
     MoELoraMergeLayer,
@@ -77,7 +79,7 @@ class MoELoraMergeModel(BaseTuner):
             for name in layer._get_available_adapters()
         }
         taken = {part for name, _ in model.named_modules() for part in name.split(".")} - adapters
-        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "frozen"}
+        taken |= {*EXPERT_TENSORS, "weight", "noise_weight", "usage", "stopped", "frozen"}
         if adapter_name.isdigit() or adapter_name in taken:
             raise ValueError(
                 f"An adapter can't be called {adapter_name!r}: that is also a part of the weights' names, by which PEFT "
@@ -336,6 +338,84 @@ class MoELoraMergeModel(BaseTuner):
     def frozen_experts(self) -> dict[str, list[int]]:
         """List, per block, the frozen experts in ascending order."""
         return {name: experts.frozen.nonzero().flatten().tolist() for name, experts in self._experts().items()}
+
+    # ------------------------------------------------------------------------------------------- losses on the router
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return the weighted losses on the routers of the latest training forward pass, a mean over blocks and tasks.
+
+        Add it to the loss when `router_balance_loss` or `router_locality_loss` is set; it is 0 when neither is.
+
+        Raises:
+            RuntimeError: no router has decided anything since: there was no forward pass in training mode, or it ran
+                without experts.
+        """
+        config = self.peft_config[self._adapter]
+        losses = []
+        for layer in self._adapted().values():
+            experts, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
+            for decisions in routers.decisions:
+                gates_GE, indices_GK = decisions.probabilities_GE, decisions.indices_GK
+                loss = gates_GE.new_zeros(())
+                if config.router_balance_loss:
+                    counts_E = routers.usage[decisions.task] + routers.unshared_usage[decisions.task].to(
+                        gates_GE.device
+                    )
+                    loss = loss + config.router_balance_loss * balance_loss(gates_GE, counts_E)
+                if config.router_locality_loss:
+                    selected_GE = torch.zeros_like(gates_GE).scatter_(1, indices_GK, 1.0)
+                    moved_E = experts.movement(indices_GK.unique().tolist()).to(gates_GE.device)
+                    loss = loss + config.router_locality_loss * locality_loss(gates_GE * selected_GE, moved_E)
+                losses.append(loss)
+        if losses:
+            return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        if config.router_balance_loss or config.router_locality_loss:
+            raise RuntimeError(
+                "There are no routing decisions to compute a loss from. Call `auxiliary_loss()` after a forward pass in "
+                "training mode, with a task set."
+            )
+        return torch.zeros(())
+
+    def set_landmark(self) -> None:
+        """Measure from now on how far experts move, for `router_locality_loss`. Costs a copy of all experts."""
+        if self.peft_config[self._adapter].router_locality_loss:
+            for experts in self._experts().values():
+                experts.set_landmark()
+
+    def keep_routing_decisions(self, keep: bool) -> None:
+        """Keep each block's decisions in training for `routing_decisions`; losses that need them keep them anyway."""
+        config = self.peft_config[self._adapter]
+        for routers in self._routers().values():
+            routers.keep_decisions = keep or config.router_balance_loss > 0 or config.router_locality_loss > 0
+
+    def routing_decisions(self) -> dict[str, Decisions]:
+        """Return, per block, what the current task's router decided in the latest training forward pass, if kept."""
+        return {
+            name: decisions
+            for name, routers in self._routers().items()
+            for decisions in routers.decisions
+            if decisions.task == self._task
+        }
+
+    def stop_routers(self, blocks: list[str] | None = None) -> None:
+        """Train the current task's router no more, in the named blocks or in all; experts go on."""
+        routers = self._routers()
+        for name in routers if blocks is None else blocks:
+            self._of_block(routers, name).stopped[self._task] = True
+        self._train_what_may_train()
+
+    def agreed(self, answers: list[bool]) -> list[bool]:
+        """Tell, question by question, whether all processes say yes. With several processes all of them must call."""
+        if not several_processes():
+            return answers
+        device = next(iter(self._routers().values())).usage.device
+        yes = torch.tensor(answers, dtype=torch.int64, device=device)
+        dist.all_reduce(yes, op=dist.ReduceOp.MIN)
+        return yes.bool().tolist()
+
+    def stopped_routers(self) -> list[str]:
+        """List the blocks whose current router trains no more."""
+        return [name for name, routers in self._routers().items() if routers.stopped[self._task]]
 
     # ---------------------------------------------------------------------------------------------------- deployment
 

@@ -1,0 +1,33 @@
+# `make test` and `make demo` set everything up by themselves, in a virtual environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow lint docs clean
+
+demo: .venv/ready
+	rm -rf runs/demo
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/mtil.py --steps 60 --batch_size 32 --lr 5e-3 --num_experts 20 --merge_every 20 --output_dir runs/demo
+
+# two processes with a thread each are faster than one with two, and do not fight over the cores
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
+
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[test]" "ruff>=0.9"
+	touch $@
