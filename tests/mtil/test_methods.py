@@ -89,7 +89,10 @@ def run(tasks, make, tmp_path):
 @pytest.fixture(scope="module")
 def learn(tmp_path_factory):
     """Accuracies of two tasks that the small pretrained CLIP learns, few steps each."""
-    pair = load_suite("mini", ["aerial", "flowers"], few_shot=16)
+    pair = [
+        replace(task, test=task.test.select(range(0, len(task.test), 4)))
+        for task in load_suite("mini", ["aerial", "flowers"], few_shot=16)
+    ]
 
     @functools.cache
     def matrix(name):
@@ -97,7 +100,7 @@ def learn(tmp_path_factory):
         return run_stream(
             pair,
             lambda: METHODS[name](*load_clip(mini_clip_path()), settings),
-            StreamSettings(steps=20, batch_size=32, lr=[3e-3]),
+            StreamSettings(steps=16, batch_size=32, lr=[3e-3]),
             tmp_path_factory.mktemp(name),
             Accelerator(cpu=True),
         ).matrix
@@ -148,14 +151,14 @@ def test_the_registry_has_the_published_names():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
-    straight = run(name)
-    assert [len(row) for row in straight.matrix] == [3, 3, 3]
+    count = 3 if name in ("lora_per_task", "icarl") else 2  # these two keep something of each earlier task
+    straight = run(name, count=count)
+    assert [len(row) for row in straight.matrix] == [count] * count
     assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
     assert straight.trainable_parameters > 0 and straight.stored_bytes > 0
 
-    run(name, folder="resumed", stop_after=1)
-    run(name, folder="resumed", stop_after=2, resume=True)
-    resumed = run(name, folder="resumed", resume=True)
+    run(name, folder="resumed", count=count, stop_after=count - 1)
+    resumed = run(name, folder="resumed", count=count, resume=True)
     assert (resumed.matrix, resumed.losses) == (straight.matrix, straight.losses)
     files = sorted((tmp_path / name).rglob("*.safetensors"))
     assert files
@@ -188,7 +191,7 @@ def test_methods_of_all_weights(name, make, tasks, tmp_path):
 def test_all_methods_see_the_same_images(run, monkeypatch):
     """Also those that draw random sentences, reference images or exemplars beside them."""
     seen = {}
-    for name in ("finetune", "lwf_vr", "zscl", "icarl", "wise_ft"):
+    for name in ("finetune", "lwf_vr", "zscl", "icarl"):
         pixels = seen.setdefault(name, [])
         loss = METHODS[name].loss
 
@@ -197,10 +200,10 @@ def test_all_methods_see_the_same_images(run, monkeypatch):
             return loss(self, model, batch)
 
         monkeypatch.setattr(METHODS[name], "loss", record)
-        run(name, steps=3, count=2)
+        run(name, steps=2, count=2)
         monkeypatch.undo()
     first = seen.pop("finetune")
-    assert len(first) == 6
+    assert len(first) == 4
     for name, pixels in seen.items():
         assert all(torch.equal(a, b) for a, b in zip(first, pixels, strict=True)), name
 
@@ -227,7 +230,7 @@ def test_settings_are_checked(settings):
 def test_finetune_learns_and_forgets(learn):
     matrix, zero_shot = learn("finetune"), learn("zero_shot")[0]
     assert matrix[0][0] > zero_shot[0] + 10
-    assert matrix[1][1] > zero_shot[1] + 5
+    assert matrix[1][1] > matrix[0][1] + 10
     assert matrix[1][0] < matrix[0][0] - 10, "gone after another task"
 
 
