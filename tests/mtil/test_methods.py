@@ -100,7 +100,7 @@ def learn(tmp_path_factory):
         return run_stream(
             pair,
             lambda: METHODS[name](*load_clip(mini_clip_path()), settings),
-            StreamSettings(steps=16, batch_size=32, lr=[3e-3]),
+            StreamSettings(steps=20, batch_size=32, lr=[3e-3]),
             tmp_path_factory.mktemp(name),
             Accelerator(cpu=True),
         ).matrix
@@ -151,7 +151,7 @@ def test_the_registry_has_the_published_names():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
-    count = 3 if name in ("lora_per_task", "icarl") else 2  # these two keep something of each earlier task
+    count = 3 if name == "lora_per_task" else 2  # there, two adapters have to come back
     straight = run(name, count=count)
     assert [len(row) for row in straight.matrix] == [count] * count
     assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
@@ -248,11 +248,10 @@ def test_lora_trains_adapters_alone_and_one_for_all_tasks(make, tasks):
 
 
 def test_lora_per_task_forgets_nothing(learn):
-    matrix, zero_shot, sequential = learn("lora_per_task"), learn("zero_shot")[0], learn("lora")
+    matrix, zero_shot = learn("lora_per_task"), learn("zero_shot")[0]
     assert matrix[0][0] > zero_shot[0] + 5 and matrix[1][1] > zero_shot[1] + 5
     assert matrix[0][1] == zero_shot[1], "plain CLIP for a task not learnt"
     assert matrix[1][0] == matrix[0][0], "kept exactly"
-    assert sequential[0][0] == matrix[0][0] and sequential[1][0] != matrix[0][0], "in sequence they share one"
 
 
 def test_lora_per_task_learns_only_the_newest_adapter(make, tasks):

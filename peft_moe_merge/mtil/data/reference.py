@@ -32,8 +32,9 @@ def load_reference(source: str) -> Reference:
     """Load a reference set.
 
     Args:
-        source: "mini" draws one in the styles that the small CLIP was pretrained on, none of which is a task's; any
-            other is a folder `<source>/<class>/<images>`, whose class names become the sentences.
+        source: "mini" draws one, other drawings of the concepts that the small CLIP was pretrained on and in those
+            styles; the embedded tasks have the same concepts, but none of the styles. Any other is a folder
+            `<source>/<class>/<images>`, whose class names become the sentences.
 
     Raises:
         FileNotFoundError: no such folder, or one without images.
@@ -48,6 +49,8 @@ def load_reference(source: str) -> Reference:
         raise FileNotFoundError(
             f"No reference images in {source!r}. Expected {source}/<class>/<images>, or 'mini' for drawings."
         )
-    images = load_dataset("imagefolder", data_files=str(folder / "*" / "*"), split="train", drop_labels=False)
+    images = load_dataset(
+        "imagefolder", data_files={"train": str(folder / "*" / "*")}, split="train", drop_labels=False
+    )
     names = images.features["label"].names
     return Reference(images, [f"a photo of a {name.replace('_', ' ')}." for name in names])

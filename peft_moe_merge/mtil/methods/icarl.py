@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,10 @@ class ICaRL(WholeClip):
 
     name = "icarl"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.earlier: list[list[str]] = []  # class prompts, per task
-        size = self.processor.image_processor.crop_size
+        size = self.processor.image_processor.crop_size or self.processor.image_processor.size
         self.pixels_N3HW = torch.zeros(0, 3, size["height"], size["width"], dtype=torch.uint8)
         self.classes_N = torch.zeros(0, dtype=torch.long)  # numbered over all earlier tasks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model
 
@@ -20,7 +21,7 @@ class LoraPerTask(Method):
 
     name = "lora_per_task"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.learnt: list[str] = []
 

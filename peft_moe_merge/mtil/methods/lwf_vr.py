@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..data.task import Task
@@ -21,7 +23,7 @@ class LwFVR(LwF):
 
     name = "lwf_vr"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         tokenizer = self.processor.tokenizer
         special = set(tokenizer.all_special_ids)
