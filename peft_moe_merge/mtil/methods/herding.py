@@ -11,7 +11,7 @@ from torch import Tensor
 def herd(features_NP: Tensor, count: int) -> list[int]:
     """Choose images, one after another, so that the mean of the chosen stays closest to the mean of all.
 
-    Algorithm 4 of iCaRL (Rebuffi et al., arXiv 1611.07725). The first of `herd(features, n)` are `herd(features, m)` for
+    The herding of iCaRL (Rebuffi et al., arXiv 1611.07725). The first of `herd(features, n)` are `herd(features, m)` for
     m < n: to keep fewer, cut the list.
 
     Args:
