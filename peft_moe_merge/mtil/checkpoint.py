@@ -27,6 +27,7 @@ class Progress:
         losses: per learnt task, the loss of each step.
         merges: per learnt task, the steps at which experts merged and what became of them.
         frozen: per learnt task, the frozen experts of each block after it.
+        usage: per learnt task, how often its router selected each expert of each block in training.
         trainable_parameters: of the largest task.
         stored_bytes: that the method's weights take on disk.
     """
@@ -37,6 +38,7 @@ class Progress:
     losses: list[list[float]] = field(default_factory=list)
     merges: list[Any] = field(default_factory=list)
     frozen: list[Any] = field(default_factory=list)
+    usage: list[Any] = field(default_factory=list)
     trainable_parameters: int = 0
     stored_bytes: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -12,28 +13,86 @@ from .checkpoint import Progress
 from .metrics.mtil import stream_metrics
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
+KEYS = ("suite", "tasks", "settings", "versions", "methods")
+METRICS = ("transfer", "average", "last", "forgetting")
+RUN_KEYS = (
+    "seed",
+    "matrix",
+    *METRICS,
+    *(f"{metric}_per_task" for metric in METRICS),
+    "seconds",
+    "trainable_parameters",
+    "stored_bytes",
+)
 
 
 def run_result(seed: int, progress: Progress) -> dict[str, Any]:
-    """Sum up one finished run. Accuracies in percent, `matrix[i][j]` on task j after training task i."""
-    return {
-        "seed": seed,
-        "matrix": progress.matrix,
-        **stream_metrics(progress.matrix),
-        "seconds": progress.seconds,
-        "trainable_parameters": progress.trainable_parameters,
-        "stored_bytes": progress.stored_bytes,
-        "losses": progress.losses,
-        "merges": progress.merges,
-        "frozen": progress.frozen,
-    }
+    """Sum up one finished run.
+
+    Returns:
+        Accuracies in percent, `matrix[i][j]` on task j after training task i; None for what there is not, such as the
+        transfer of the first task.
+    """
+    return without_nan(
+        {
+            "seed": seed,
+            "matrix": progress.matrix,
+            **stream_metrics(progress.matrix),
+            "seconds": progress.seconds,
+            "trainable_parameters": progress.trainable_parameters,
+            "stored_bytes": progress.stored_bytes,
+            "losses": progress.losses,
+            "merges": progress.merges,
+            "frozen": progress.frozen,
+            "usage": progress.usage,
+        }
+    )
+
+
+def without_nan(value: Any) -> Any:
+    """Put None in the place of every number that JSON has no word for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write `results.json` whole or not at all."""
+    """Write `results.json` whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1))
+    partial.write_text(json.dumps(results, indent=1, allow_nan=False))
     os.replace(partial, path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read `results.json`.
+
+    Raises:
+        ValueError: the file is not JSON, or lacks keys that a report needs.
+    """
+    try:
+        results = without_nan(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}. Give the results.json of a run.") from error
+    lacking = _lacking(results, KEYS)
+    if not lacking:
+        runs = ((name, run) for name, runs in results["methods"].items() for run in runs)
+        lacking = [f"{name}: {key}" for name, run in runs for key in _lacking(run, RUN_KEYS)]
+    if lacking:
+        raise ValueError(
+            f"{str(path)!r} lacks {', '.join(lacking)}. Give the results.json of a run; `--resume` on its output folder "
+            "writes it anew."
+        )
+    return results
+
+
+def _lacking(value: Any, keys: tuple[str, ...]) -> list[str]:
+    return [key for key in keys if not isinstance(value, dict) or key not in value]
 
 
 def empty_results(suite: str, tasks: list[str], settings: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,11 @@ class MoELoraMerge(Method):
         self.model.set_task(task.name if task.name in self.learnt else None)
 
     def story(self) -> dict[str, Any]:
-        return {"merges": self.callback.merges, "frozen": self.model.frozen_experts()}
+        return {
+            "merges": self.callback.merges,
+            "frozen": self.model.frozen_experts(),
+            "usage": {block: counts_E.tolist() for block, counts_E in self.model.expert_usage().items()},
+        }
 
     def save(self, folder: Path) -> None:
         self.model.set_task(self.learnt[-1])

@@ -1,58 +1,107 @@
-"""Results in the terminal."""
+"""Results as tables: rows of text, the first of which is the header, and how a terminal shows them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from ..results import METRICS
+from .statistics import BASELINE, Estimate, over_seeds, paired_difference, per_task
+
+Rows = list[list[str]]
+COMPARED = METRICS[:3]  # what the paper's tables show
+WIDTH = 160  # of a terminal that is none, such as a file
 
 
-def matrix_table(tasks: list[str], run: dict[str, Any], title: str) -> Table:
-    """Lay out one run's accuracy matrix, with Transfer, Average and Last of every task below it.
-
-    Args:
-        tasks: names, in order.
-        run: an entry of `results["methods"][name]`.
-        title: of the table.
-    """
-    table = Table(title=title, caption="accuracy in %; rows: after training the task, columns: tested on")
-    table.add_column("after")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    table.add_column("mean", justify="right")
-    for position, (task, row) in enumerate(zip(tasks, run["matrix"], strict=False)):
-        cells = [f"[bold]{value:.1f}[/]" if column == position else f"{value:.1f}" for column, value in enumerate(row)]
-        table.add_row(task, *cells, f"{sum(row) / len(row):.1f}")
-    if len(run["matrix"]) == len(tasks):
-        table.add_section()
-        for name in ("transfer", "average", "last"):
-            cells = ["-" if value != value else f"{value:.1f}" for value in run[f"{name}_per_task"]]
-            table.add_row(name.capitalize(), *cells, "-" if run[name] != run[name] else f"{run[name]:.1f}")
-    return table
+def matrix_rows(tasks: list[str], run: dict[str, Any]) -> Rows:
+    """Lay out one run's accuracy matrix, with Transfer, Average and Last of every task below it."""
+    rows = [["after", *tasks, "mean"]]
+    for task, row in zip(tasks, run["matrix"], strict=True):
+        rows.append([task, *map(number, row), number(sum(row) / len(row))])
+    for metric in COMPARED:
+        rows.append([metric.capitalize(), *map(number, run[f"{metric}_per_task"]), number(run[metric])])
+    return rows
 
 
-def print_results(results: dict[str, Any], console: Console | None = None) -> None:
-    """Print every run's matrix, then one line per run to compare them."""
+def task_rows(results: dict[str, Any], metric: str) -> Rows:
+    """Lay out a metric of every method, per task and in the mean, with the standard deviation over seeds."""
+    rows = [["method", *results["tasks"], "mean"]]
+    for name, runs in results["methods"].items():
+        rows.append([name, *map(spread, per_task(runs, metric)), spread(over_seeds(runs, metric))])
+    return rows
+
+
+def summary_rows(results: dict[str, Any], baseline: str = BASELINE) -> Rows:
+    """Lay out one row per method: the metrics and, if the baseline was run, the paired differences to it."""
+    methods = results["methods"]
+    rows = [["method", "seeds"]]
+    for metric in METRICS:
+        rows[0] += [metric.capitalize()] + ["Δ"] * (metric in COMPARED and baseline in methods)
+    rows[0] += ["minutes", "trainable", "stored MB"]
+    for name, runs in methods.items():
+        row = [name, str(len(runs))]
+        for metric in METRICS:
+            row.append(spread(over_seeds(runs, metric), 2))
+            if metric in COMPARED and baseline in methods:
+                row.append("" if name == baseline else difference(paired_difference(runs, methods[baseline], metric)))
+        seconds, stored = (sum(run[key] for run in runs) / len(runs) for key in ("seconds", "stored_bytes"))
+        trainable = max(run["trainable_parameters"] for run in runs)
+        rows.append([*row, f"{seconds / 60:.1f}", f"{trainable:,}", f"{stored / 1e6:.1f}"])
+    return rows
+
+
+def summary_caption(results: dict[str, Any], baseline: str = BASELINE) -> str:
+    """Say what the numbers of `summary_rows` are."""
+    text = "Percent; mean ± standard deviation over seeds; minutes and megabytes are those of one run. "
+    if baseline not in results["methods"]:
+        return f"{text}{baseline} was not run, so there is no difference to it."
+    return f"{text}Δ: paired difference to {baseline} over common seeds, with its 95 % bootstrap interval."
+
+
+def number(value: float | None) -> str:
+    """Write an accuracy."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def spread(estimate: Estimate, digits: int = 1) -> str:
+    """Write a mean with its standard deviation, if there is one."""
+    if estimate.mean is None:
+        return "-"
+    deviation = "" if estimate.std is None else f" ±{estimate.std:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{deviation}"
+
+
+def difference(estimate: Estimate) -> str:
+    """Write a difference with its interval, if there is one."""
+    if estimate.mean is None:
+        return "-"
+    interval = "" if estimate.low is None else f" [{estimate.low:+.2f},{estimate.high:+.2f}]"
+    return f"{estimate.mean:+.2f}{interval}"
+
+
+def print_results(results: dict[str, Any], console: Console | None = None, baseline: str = BASELINE) -> None:
+    """Print the accuracy matrix of every method that has one seed, then the methods side by side."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     for name, runs in results["methods"].items():
-        for run in runs:
-            console.print(matrix_table(results["tasks"], run, f"{name}, seed {run['seed']}"))
-    summary = Table(title=f"suite {results['suite']}")
-    for column in ("method", "seed", "Transfer", "Average", "Last", "forgetting", "seconds", "trainable", "stored MB"):
-        summary.add_column(column, justify="left" if column == "method" else "right")
-    for name, runs in results["methods"].items():
-        for run in runs:
-            metrics = [
-                "-" if run[key] != run[key] else f"{run[key]:.2f}"
-                for key in ("transfer", "average", "last", "forgetting")
-            ]
-            summary.add_row(
-                name,
-                str(run["seed"]),
-                *metrics,
-                f"{run['seconds']:.0f}",
-                f"{run['trainable_parameters']:,}",
-                f"{run['stored_bytes'] / 1e6:.1f}",
-            )
-    console.print(summary)
+        if len(runs) == 1:
+            title = f"{name}, seed {runs[0]['seed']}"
+            caption = "accuracy in %; rows: after training the task, columns: tested on"
+            console.print(_table(matrix_rows(results["tasks"], runs[0]), title, caption, sections=[len(results["tasks"])]))
+    for metric in COMPARED:
+        console.print(_table(task_rows(results, metric), metric.capitalize(), "accuracy in %"))
+    console.print(_table(summary_rows(results, baseline), f"suite {results['suite']}", summary_caption(results, baseline)))
+
+
+def _table(rows: Rows, title: str, caption: str, sections: list[int] = ()) -> Table:
+    table = Table(title=Text(title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for position, heading in enumerate(rows[0]):
+        table.add_column(Text(heading), justify="right" if position else "left", overflow="fold", no_wrap=not position)
+    for count, row in enumerate(rows[1:], start=1):
+        table.add_row(*map(Text, row), end_section=count in sections)
+    return table

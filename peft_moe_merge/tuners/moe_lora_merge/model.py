@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTextModel
 
 from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
+from peft_moe_merge.routing import selection_counts
 from peft_moe_merge.routing_losses import balance_loss, locality_loss
 
 from .config import MoELoraMergeConfig, check_new_task
@@ -358,9 +359,8 @@ class MoELoraMergeModel(BaseTuner):
                 gates_GE, indices_GK = decisions.probabilities_GE, decisions.indices_GK
                 loss = gates_GE.new_zeros(())
                 if config.router_balance_loss:
-                    counts_E = routers.usage[decisions.task] + routers.unshared_usage[decisions.task].to(
-                        gates_GE.device
-                    )
+                    # this batch's load, as in Switch: the task's so far lags behind, and the router swings about it
+                    counts_E = selection_counts(indices_GK, gates_GE.shape[1])
                     loss = loss + config.router_balance_loss * balance_loss(gates_GE, counts_E)
                 if config.router_locality_loss:
                     selected_GE = torch.zeros_like(gates_GE).scatter_(1, indices_GK, 1.0)

@@ -61,31 +61,31 @@ _SERIF = (
 _TABLE = (
     MiniTask(
         "aerial",
-        ("a satellite photo of {}.", "an aerial view of {}.", "{} seen from above."),
+        ("a satellite photo of {}.",),
         aerial.CONCEPTS,
         replace(_FIELD, rotation=180, tint=25, noise=18),
     ),
     MiniTask(
         "animals",
-        ("a photo of a {}, a type of animal.", "the face of a {}."),
+        ("a photo of a {}, a type of animal.",),
         animals.CONCEPTS,
         replace(_OBJECT, background=clutter("green", "brown", "tan", "light green", "gray", pieces=9), jitter=30),
     ),
     MiniTask(
         "colors",
-        ("a photo of a {} thing.", "something {}.", "a {} object."),
+        ("a photo of a {} thing.",),
         colors.CONCEPTS,
         replace(_OBJECT, scale=(0.35, 0.8), shift=0.35, rotation=180, tint=22, light=0.9, occlusion=3),
     ),
     MiniTask(
         "digits",
-        ('a photo of the number: "{}".', "the handwritten digit {}."),
+        ('a photo of the number: "{}".',),
         digits.CONCEPTS,
         None,
     ),
     MiniTask(
         "flowers",
-        ("a photo of a {}, a type of flower.", "a {} in bloom."),
+        ("a photo of a {}, a type of flower.",),
         flowers.CONCEPTS,
         replace(
             _OBJECT, background=clutter("green", "dark green", "light green", "brown", pieces=10), tint=28, shear=0.35
@@ -93,7 +93,7 @@ _TABLE = (
     ),
     MiniTask(
         "food",
-        ("a photo of {}, a type of food.", "{} on a table."),
+        ("a photo of {}, a type of food.",),
         food.CONCEPTS,
         replace(
             _OBJECT,
@@ -105,7 +105,7 @@ _TABLE = (
     ),
     MiniTask(
         "letters",
-        ('a photo of the letter "{}".', "the capital letter {}."),
+        ('a photo of the letter "{}".',),
         letters.CONCEPTS,
         replace(
             _OBJECT,
@@ -119,25 +119,25 @@ _TABLE = (
     ),
     MiniTask(
         "scenes",
-        ("a photo of a scene: {}.", "a view of {}."),
+        ("a photo of a scene: {}.",),
         scenes.CONCEPTS,
         replace(_FIELD, rotation=10, tint=35, jitter=22, light=0.9, noise=16, occlusion=3),
     ),
     MiniTask(
         "shapes",
-        ("a photo of a {}, a type of shape.", "a {} among other things."),
+        ("a photo of a {}, a type of shape.",),
         shapes.CONCEPTS,
         replace(_OBJECT, background=clutter(pieces=3), scale=(0.65, 0.95), shift=0.1, rotation=12, occlusion=1),
     ),
     MiniTask(
         "textures",
-        ("a photo of a {} texture.", "a {} pattern.", "a surface that is {}."),
+        ("a photo of a {} texture.",),
         textures.CONCEPTS,
         replace(_FIELD, rotation=45, shear=0.3, tint=30),
     ),
     MiniTask(
         "vehicles",
-        ("a photo of a {}, a type of vehicle.", "a {} seen from the side."),
+        ("a photo of a {}, a type of vehicle.",),
         vehicles.CONCEPTS,
         replace(
             _OBJECT, background=clutter("light blue", "gray", "light gray", "dark gray", "sand", pieces=8), jitter=28

@@ -1,0 +1,101 @@
+"""Fine-tune a CLIP on several tasks, merge the copies into one model in every way there is, and compare.
+
+    accelerate launch examples/wemoe.py --model openai/clip-vit-base-patch32 --suite my_images --seeds 0 1 2
+    accelerate launch examples/wemoe.py                       # the embedded benchmark with its small CLIP
+
+`--suite` takes `mini`, `digits` or a folder `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on when the same
+command is given again.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
+
+from peft_moe_merge.mtil.clip import load_clip
+from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
+from peft_moe_merge.mtil.data.suites import load_suite
+from peft_moe_merge.mtil.data.task import Task
+from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS
+from peft_moe_merge.mtil.model_merging.report import print_report, save_picture
+from peft_moe_merge.mtil.model_merging.study import METHODS, StudySettings, run_study
+from peft_moe_merge.mtil.results import empty_results, write_results
+from peft_moe_merge.mtil.settings import setting
+
+
+@dataclass
+class RunSettings:
+    """What to run, and where."""
+
+    suite: str = setting("mini", "'mini', the embedded benchmark; 'digits'; or a folder of tasks")
+    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; default with 'mini': its own small one")
+    tasks: list[str] | None = setting(None, "tasks to fine-tune on and merge; default: all but the held-out ones")
+    held_out: list[str] = setting([], "tasks that are only tested on")
+    train_per_class: int = setting(64, "with 'mini', images per class to train on and adapt to")
+    methods: list[str] = setting(list(METHODS), f"any of {', '.join(METHODS)}")
+    corruptions: list[str] = setting([], f"any of {', '.join(CORRUPTIONS)}")
+    robust_methods: list[str] = setting(
+        ["pretrained", "task_arithmetic", "adamerging", "wemoe", "wemoe_mi", "wemoe_prior"],
+        "methods to run on corrupted images",
+    )
+    seeds: list[int] = setting([0], "one run each")
+    output_dir: str = setting("runs/wemoe", "where models, results and the picture go")
+    mixed_precision: str = setting("no", "no, bf16 or fp16, for fine-tuning")
+    cpu: bool = setting(False, "do not use a GPU")
+
+    def __post_init__(self):
+        for name, known in (("methods", METHODS), ("robust_methods", METHODS), ("corruptions", CORRUPTIONS)):
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise ValueError(f"Unknown {name} {unknown}; there are {list(known)}.")
+
+
+def load_tasks(run: RunSettings, names: list[str] | None) -> list[Task]:
+    tasks = load_suite(run.suite, names)
+    if run.suite != "mini":
+        return tasks
+    # Drawn tasks can have more images than a stream takes of them.
+    return [replace(t, train=load_task(t.name, "train", train_per_class=run.train_per_class)) for t in tasks]
+
+
+def build_clip(run: RunSettings) -> tuple[CLIPModel, CLIPProcessor]:
+    if run.model is not None:
+        return load_clip(run.model)
+    if run.suite != "mini":
+        raise ValueError(f"--suite {run.suite} needs --model, a pretrained CLIP: a folder or Hub id.")
+    return load_clip(mini_clip_path())
+
+
+def main() -> None:
+    run, settings = HfArgumentParser((RunSettings, StudySettings), description=__doc__).parse_args_into_dataclasses()
+    accelerator = Accelerator(mixed_precision=run.mixed_precision, cpu=run.cpu)
+    build_clip(run)  # fails now rather than after loading the images
+    held_out = load_tasks(run, run.held_out) if run.held_out else []
+    tasks = [task for task in load_tasks(run, run.tasks) if task.name not in run.held_out]
+
+    results = empty_results(run.suite, [task.name for task in tasks], {**asdict(run), **asdict(settings)})
+    del results["methods"]
+    output_dir = Path(run.output_dir)
+    results["runs"] = [
+        run_study(
+            tasks,
+            held_out,
+            lambda: build_clip(run),
+            settings,
+            output_dir / f"seed_{seed}",
+            accelerator,
+            methods=run.methods,
+            robust_methods=run.robust_methods,
+            corruptions=run.corruptions,
+            seed=seed,
+        )
+        for seed in run.seeds
+    ]
+    write_results(output_dir / "results.json", results)
+    print_report(results)
+    print(f"picture: {save_picture(results, output_dir / 'average.png')}")
+    print(f"results: {output_dir / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

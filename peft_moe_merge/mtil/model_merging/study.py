@@ -1,0 +1,256 @@
+"""The comparison: individual models, joint training, every merge; then tasks and images that nobody trained on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import TensorDataset
+from transformers import CLIPModel, CLIPProcessor
+
+from peft_moe_merge.static_merges import merge_static
+from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned
+
+from ..data.task import Task
+from ..results import write_results
+from ..settings import setting
+from .corruptions import corrupt
+from .finetune import accuracy, finetune
+from .images import TaskImages, batches, load_images
+
+WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
+    "wemoe": ({}, "entropy"),
+    "wemoe_1_layer": ({"router_depth": 1}, "entropy"),
+    "e_wemoe": ({"shared_router": True, "sparsity": 0.9}, "entropy"),
+    "wemoe_mi": ({}, "mutual_information"),
+    "wemoe_prior": ({}, "entropy_with_prior"),
+    "e_wemoe_mi": ({"shared_router": True, "sparsity": 0.9}, "mutual_information"),
+    "wemoe_rank_32_mi": ({"rank": 32}, "mutual_information"),
+    "smile": ({"router": "projection", "rank": 32, "gate_rank": 16}, None),
+}
+"""Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` is not published:
+mutual information in place of entropy."""
+
+STATIC = ("average", "task_arithmetic", "ties", "dare", "fisher", "regmean", "adamerging", "adamerging_mi")
+REFERENCES = ("pretrained", "individual", "multitask")
+METHODS = (*REFERENCES, *STATIC, *WEMOE)
+
+
+@dataclass
+class StudySettings:
+    """How long everything trains. Nothing here is chosen for a method's sake."""
+
+    finetune_steps: int = setting(150, "optimizer steps per task")
+    finetune_lr: float = setting(1e-4, "first learning rate of fine-tuning")
+    batch_size: int = setting(32, "images per fine-tuning step")
+    adapt_steps: int = setting(150, "steps of test-time adaptation, for AdaMerging too")
+    adapt_lr: float = setting(1e-3, "learning rate of test-time adaptation, for AdaMerging too")
+    adapt_batch_size: int = setting(16, "images per task and adaptation step")
+    scaling: float = setting(0.3, "weight of task vectors")
+    transductive: bool = setting(False, "adapt on the test images themselves, as the papers do")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed's material, as every method gets it."""
+
+    clip: CLIPModel
+    processor: CLIPProcessor
+    tasks: tuple[TaskImages, ...]
+    held_out: tuple[TaskImages, ...]
+    finetuned: dict[str, Path]
+    settings: StudySettings
+    accelerator: Accelerator
+    seed: int
+
+    @property
+    def heads(self) -> dict[str, torch.Tensor]:
+        return {task.name: task.head_CD.to(self.accelerator.device) for task in self.tasks}
+
+    def adaptation(self, change: Callable[[TensorDataset], TensorDataset] = lambda images: images) -> dict[str, Any]:
+        """Return loaders of unlabelled images: the adaptation split, or with `transductive` the test split."""
+        split = "test" if self.settings.transductive else "adapt"
+        size = self.settings.adapt_batch_size
+        return {task.name: batches(change(getattr(task, split)), size) for task in self.tasks}
+
+
+def run_study(
+    tasks: Sequence[Task],
+    held_out: Sequence[Task],
+    build_clip: Callable[[], tuple[CLIPModel, CLIPProcessor]],
+    settings: StudySettings,
+    output_dir: Path,
+    accelerator: Accelerator,
+    *,
+    methods: Sequence[str] = METHODS,
+    robust_methods: Sequence[str] = (),
+    corruptions: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run all methods for one seed; what the output folder holds already is not done again.
+
+    Args:
+        tasks: to fine-tune on and merge.
+        held_out: tasks that are only tested on.
+        build_clip: makes the pretrained CLIP and its processor.
+        settings: see there.
+        output_dir: of this seed.
+        accelerator: for device and precision; one process.
+        methods: of `METHODS`.
+        robust_methods: those of `methods` to run on corrupted images as well.
+        corruptions: of `CORRUPTIONS`.
+        seed: of the order of images, the splits and all noise.
+
+    Returns:
+        `{"seed", "rows": {method: {"accuracy": {task: %}, "held_out": {task: %}, "trainable_parameters",
+        "stored_numbers", "seconds"}}, "robustness": {corruption: {method: {task: %}}}}`.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or tasks.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    names = {"tasks": [task.name for task in tasks], "held_out": [task.name for task in held_out]}
+    file = output_dir / "seed.json"
+    result: dict[str, Any] = {"seed": seed, **names, "settings": asdict(settings), "rows": {}, "robustness": {}}
+    if file.exists():
+        saved = json.loads(file.read_text())
+        differing = [key for key in ("seed", "tasks", "held_out", "settings") if saved[key] != result[key]]
+        if differing:
+            raise ValueError(f"{output_dir} holds a run with other {differing}: choose another --output_dir.")
+        result = saved
+
+    clip, processor = build_clip()
+    clip = clip.to(accelerator.device).eval().requires_grad_(False)
+    material = [load_images(task, clip, processor, seed) for task in (*tasks, *held_out)]
+    learnt, unseen = tuple(material[: len(tasks)]), tuple(material[len(tasks) :])
+    finetuned = {t.name: output_dir / "finetuned" / t.name for t in learnt}
+    run = Run(clip, processor, learnt, unseen, finetuned, settings, accelerator, seed)
+    for task in learnt:
+        _trained(run, finetuned[task.name], [task], settings.finetune_steps)
+
+    for method in methods:
+        if method not in result["rows"]:
+            result["rows"][method] = _row(run, method, output_dir)
+            write_results(file, result)
+    for corruption in corruptions:
+        done = result["robustness"].setdefault(corruption, {})
+        for method in robust_methods:
+            if method not in done:
+                done[method] = _robustness(run, method, corruption, output_dir)
+                write_results(file, result)
+    return result
+
+
+def _trained(run: Run, folder: Path, tasks: Sequence[TaskImages], steps: int) -> CLIPModel:
+    """Fine-tune, or load what an earlier run has saved; a folder appears whole or not at all."""
+    if not folder.exists():
+        s = run.settings
+        model = finetune(
+            run.clip, tasks, run.accelerator, steps=steps, lr=s.finetune_lr, batch_size=s.batch_size, seed=run.seed
+        )
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        os.replace(partial, folder)
+    return CLIPModel.from_pretrained(folder, use_safetensors=True).to(run.accelerator.device).eval()
+
+
+def _merged(run: Run, method: str, unlabelled: dict[str, Any]) -> nn.Module:
+    """Build what a method makes of the fine-tuned models, adapted to `unlabelled` images if it adapts."""
+    settings = run.settings
+    quiet = not run.accelerator.is_main_process
+    if method == "pretrained":
+        return run.clip
+    if method in WEMOE:
+        options, loss = WEMOE[method]
+        torch.manual_seed(run.seed)
+        config = WEMoEConfig(scaling=settings.scaling, **options)
+        model = merge_finetuned(copy.deepcopy(run.clip), run.finetuned, config)
+        if loss is not None:
+            adapt_routers(
+                model,
+                unlabelled,
+                settings.adapt_steps,
+                heads=run.heads,
+                loss=loss,
+                lr=settings.adapt_lr,
+                seed=run.seed,
+                progress=not quiet,
+            )
+        return model
+    supervised = {task.name: batches(task.finetune, settings.batch_size) for task in run.tasks}
+    learning = {
+        "batches": unlabelled,
+        "heads": run.heads,
+        "scaling": settings.scaling,
+        "steps": settings.adapt_steps,
+        "lr": settings.adapt_lr,
+        "seed": run.seed,
+        "progress": not quiet,
+    }
+    options = {
+        "task_arithmetic": {"scaling": settings.scaling},
+        "dare": {"scaling": settings.scaling, "seed": run.seed},
+        "fisher": {"batches": supervised, "heads": run.heads, "seed": run.seed},
+        "regmean": {"batches": supervised, "heads": run.heads},
+        "adamerging": learning,
+        "adamerging_mi": {**learning, "loss": "mutual_information"},
+    }
+    torch.manual_seed(run.seed)
+    return merge_static(run.clip, run.finetuned, method.removesuffix("_mi"), **options.get(method, {}))
+
+
+def _row(run: Run, method: str, output_dir: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    if method == "individual":
+        models = {t.name: _trained(run, run.finetuned[t.name], [t], run.settings.finetune_steps) for t in run.tasks}
+        vision = sum(p.numel() for p in run.clip.vision_model.parameters())
+        stored = sum(p.numel() for p in run.clip.parameters()) + vision * (len(run.tasks) - 1)
+        trainable = vision * len(run.tasks)
+    else:
+        if method == "multitask":
+            steps = run.settings.finetune_steps * len(run.tasks)
+            model = _trained(run, output_dir / "finetuned" / "multitask", run.tasks, steps)
+            trainable = sum(p.numel() for p in model.vision_model.parameters())
+        else:
+            model = _merged(run, method, run.adaptation())
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            if method.startswith("adamerging"):
+                trainable = len(run.tasks) * sum(1 for _ in run.clip.vision_model.parameters())
+        models = dict.fromkeys([task.name for task in (*run.tasks, *run.held_out)], model)
+        # A sparse entry's place counts as half a number: it has 32 bits, for all precisions.
+        stored = sum(tensor.numel() for tensor in model.state_dict().values())
+    seconds = time.perf_counter() - start
+    return {
+        "accuracy": {t.name: accuracy(models[t.name], t.test, t.head_CD) for t in run.tasks},
+        "held_out": {t.name: accuracy(models[t.name], t.test, t.head_CD) for t in run.held_out if t.name in models},
+        "trainable_parameters": trainable,
+        "stored_numbers": stored,
+        "seconds": seconds,
+    }
+
+
+def _robustness(run: Run, method: str, corruption: str, output_dir: Path) -> dict[str, float]:
+    """Accuracy on corrupted test images, for adapting methods after adaptation to images corrupted alike."""
+
+    def change(images: TensorDataset, offset: int = 0) -> TensorDataset:
+        return corrupt(images, corruption, run.processor.image_processor, seed=run.seed + offset)
+
+    if method == "individual":
+        models = {t.name: _trained(run, run.finetuned[t.name], [t], run.settings.finetune_steps) for t in run.tasks}
+    else:
+        model = _merged(run, method, run.adaptation(change))
+        models = {task.name: model for task in run.tasks}
+    # With `transductive` both calls corrupt the same images, and alike; otherwise noise is drawn anew.
+    offset = 0 if run.settings.transductive else 1
+    return {t.name: accuracy(models[t.name], change(t.test, offset), t.head_CD) for t in run.tasks}

@@ -1,0 +1,150 @@
+"""WEMoE as a PEFT tuner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from .config import WEMoEConfig
+from .layer import WEMoEBlock, WEMoELayer, WEMoELinear, WEMoEStatic
+
+CLIP_LAYER = r"(?!.*text_model)(.*\.)?encoder\.layers\.\d+"
+CLIP_MLP = CLIP_LAYER + r"\.mlp"
+CLIP_LINEAR = CLIP_LAYER + r"\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+CLIP_LIKE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+
+
+def default_targets(router: str, model_config: Any) -> str:
+    """Return a regular expression for what `router` works on in a known model.
+
+    Args:
+        router: see `WEMoEConfig`.
+        model_config: the model's configuration or its dictionary.
+
+    Raises:
+        ValueError: the model is of another type.
+    """
+    if hasattr(model_config, "to_dict"):
+        model_config = model_config.to_dict()
+    model_type = (model_config or {}).get("model_type")
+    if model_type not in CLIP_LIKE:
+        raise ValueError(
+            f"WEMoE does not know the MLP blocks of a model of type {model_type!r}: name them in `target_modules` of "
+            "WEMoEConfig (for router='projection', name nn.Linear layers)."
+        )
+    return CLIP_LINEAR if router == "projection" else CLIP_MLP
+
+
+def check_target(config: WEMoEConfig, name: str, module: nn.Module) -> None:
+    """Check that a targeted module is of the kind that the router works on.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if config.router == "projection":
+        if not isinstance(module, nn.Linear):
+            raise TypeError(
+                f"router='projection' works on nn.Linear layers, the target {name!r} is {type(module).__name__}: name "
+                "linear layers in `target_modules`."
+            )
+        return
+    linears = {path for path, child in module.named_modules() if isinstance(child, nn.Linear)}
+    others = [path for path, _ in module.named_parameters() if path.rpartition(".")[0] not in linears]
+    if not linears or "" in linears or others:
+        raise TypeError(
+            f"router='mlp' works on MLP blocks built of nn.Linear layers, the target {name!r} is "
+            f"{type(module).__name__}"
+            + (f" with the other parameters {others}" if others else "")
+            + ": name such blocks in `target_modules`."
+        )
+
+
+class WEMoEModel(BaseTuner):
+    """Weight-ensembling mixture of experts (arXiv 2402.00433) over fine-tuned copies of one model.
+
+    The MLP blocks keep the pretrained weights, and add to them, for every image, task vectors weighed by a learned
+    router; everything else is merged by task arithmetic. `merge_finetuned` builds one; only routers are trainable.
+    Disabling the adapter gives the pretrained model back exactly: no weight of it is changed.
+
+    With `shared_router` the first block owns the router, and the adapter's file has it once, under that block's name.
+    """
+
+    prefix = "wemoe_"
+    tuner_layer_cls = WEMoELayer
+    target_module_mapping = dict.fromkeys(CLIP_LIKE, CLIP_MLP)
+
+    def _prepare_adapter_config(self, peft_config: WEMoEConfig, model_config: dict) -> WEMoEConfig:
+        if not peft_config.tasks:
+            raise ValueError(
+                "WEMoEConfig.tasks is empty: `merge_finetuned(base, {task: model, ...}, config)` builds a WEMoE model "
+                "and names its tasks."
+            )
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(peft_config.router, model_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: WEMoEConfig, model: nn.Module) -> None:
+        """Check every target before the first one is replaced."""
+        for name, module in model.named_modules():
+            if check_target_module_exists(peft_config, name) and not isinstance(module, WEMoELayer):
+                check_target(peft_config, name, module)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: WEMoEConfig, key: str) -> Any:
+        return key in (peft_config.static_modules or ()) or check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: WEMoEConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        layer_cls = self._layer_class(peft_config, current_key)
+        if isinstance(target, WEMoELayer):
+            layer = target
+            if not isinstance(layer, layer_cls):
+                raise ValueError(
+                    f"adapter {adapter_name!r} treats {current_key!r} as {layer_cls.__name__}, an earlier adapter as "
+                    f"{type(layer).__name__}: load adapters with other targets or routers on a base model of their own."
+                )
+        else:
+            layer = layer_cls(target)
+
+        if peft_config.shared_router and layer_cls is WEMoEBlock:
+            layer.update_layer(adapter_name, peft_config, self._shared_router(adapter_name))
+        else:
+            layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _layer_class(peft_config: WEMoEConfig, key: str) -> type[WEMoELayer]:
+        if key in (peft_config.static_modules or ()):
+            return WEMoEStatic
+        return WEMoELinear if peft_config.router == "projection" else WEMoEBlock
+
+    def _shared_router(self, adapter_name: str) -> nn.Module | None:
+        """Return the router of the first block that has one for this adapter, `None` at the first block."""
+        blocks = (module for module in self.model.modules() if isinstance(module, WEMoEBlock))
+        return next((b.wemoe_router[adapter_name] for b in blocks if adapter_name in b.wemoe_router), None)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own expects a layer with a `weight`, which a block has not. Devices are right from the start.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing to do: routers are made in float32 or more, task vectors have the precision of their models."""
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "a WEMoE adapter has other weights for every image and cannot be merged into one set of them. "
+            "`unload()` gives the pretrained model back; for one merged model see `merge_static`."
+        )

@@ -1,0 +1,122 @@
+"""The comparison of merges: corruptions, splits, and a whole small study through files, stopped and resumed."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import TensorDataset
+from transformers import CLIPImageProcessor
+
+from peft_moe_merge.mtil.clip import small_clip
+from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.model_merging import study
+from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS, corrupt
+from peft_moe_merge.mtil.model_merging.finetune import accuracy, finetune
+from peft_moe_merge.mtil.model_merging.images import load_images
+from peft_moe_merge.mtil.model_merging.report import average, over_seeds, print_report, save_picture
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return load_digit_tasks()[:2]
+
+
+def build_clip():
+    tasks = load_digit_tasks()
+    return small_clip([prompt for task in tasks for t in task.templates for prompt in task.prompts(t)], image_size=16)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_change_images_but_not_beyond_recognition(name):
+    g = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4, generator=g), size=(36, 36), mode="bicubic").clamp(
+        0, 1
+    )
+    processor = CLIPImageProcessor()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    images = TensorDataset((smooth - mean) / std, torch.arange(3))
+    corrupted, labels = corrupt(images, name, processor, seed=1).tensors
+    assert torch.equal(labels, torch.arange(3)) and corrupted.shape == smooth.shape
+    pixels = corrupted * std + mean
+    assert pixels.min() > -1e-4 and pixels.max() < 1 + 1e-4
+    assert 0.005 < (pixels - smooth).abs().mean() < 0.25
+    assert torch.equal(corrupt(images, name, processor, seed=1).tensors[0], corrupted)
+    differs = not torch.equal(corrupt(images, name, processor, seed=2).tensors[0], corrupted)
+    assert differs == (name in ("impulse", "gauss"))
+
+
+def test_splits_share_no_image_and_heads_are_the_text_features(tasks):
+    clip, processor = build_clip()
+    images = load_images(tasks[0], clip, processor, seed=3)
+    assert len(images.finetune) + len(images.adapt) == len(tasks[0].train) and len(images.test) == len(tasks[0].test)
+    rows = [tuple(pixels.flatten().tolist()) for split in (images.finetune, images.adapt) for pixels, _ in split]
+    everything = processor.image_processor(
+        [image.convert("RGB") for image in tasks[0].train["image"]], return_tensors="pt"
+    )["pixel_values"]
+    assert sorted(rows) == sorted(tuple(pixels.flatten().tolist()) for pixels in everything)
+    torch.testing.assert_close(images.head_CD.norm(dim=1), torch.ones(len(tasks[0].class_names)))
+    assert images.finetune.tensors[0].shape[1:] == (3, 16, 16) and isinstance(tasks[0].train[0]["image"], Image.Image)
+
+
+def test_finetuning_learns_and_leaves_the_text_tower_alone(tasks):
+    clip, processor = build_clip()
+    images = load_images(tasks[0], clip, processor)
+    before = accuracy(clip, images.test, images.head_CD)
+    tuned = finetune(clip, [images], Accelerator(cpu=True), steps=60, lr=1e-3, batch_size=32, seed=0)
+    assert accuracy(tuned, images.test, images.head_CD) > before + 30
+    for (name, new), old in zip(tuned.named_parameters(), clip.parameters(), strict=True):
+        assert name.startswith("vision_model.") or torch.equal(new, old)
+
+
+def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_path, monkeypatch, capsys):
+    settings = study.StudySettings(finetune_steps=4, finetune_lr=1e-3, adapt_steps=2, batch_size=8, adapt_batch_size=4)
+    methods = ["pretrained", "individual", "multitask", "ties", "adamerging_mi", "wemoe_mi", "smile"]
+    held_out = load_digit_tasks()[2:]
+    arguments = (tasks, held_out, build_clip, settings)
+    options = {"methods": methods, "robust_methods": ["wemoe_mi", "individual"], "corruptions": ["gauss"]}
+    accelerator = Accelerator(cpu=True)
+    whole = study.run_study(*arguments, tmp_path / "whole", accelerator, **options)
+
+    done = []
+    row = study._row
+
+    def stopping(run, method, output_dir):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(method)
+        return row(run, method, output_dir)
+
+    monkeypatch.setattr(study, "_row", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
+    monkeypatch.setattr(study, "_row", row)
+    resumed = study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
+
+    def without_seconds(result):
+        result = json.loads(json.dumps(result))
+        for own in result["rows"].values():
+            own.pop("seconds")
+        return result
+
+    assert without_seconds(resumed) == without_seconds(whole)
+    assert list(whole["rows"]) == methods
+    assert whole["rows"]["individual"]["held_out"] == {} and "digits_7_to_9" in whole["rows"]["wemoe_mi"]["held_out"]
+    rows = whole["rows"]
+    assert rows["wemoe_mi"]["trainable_parameters"] == 3 * (64 * 64 + 64 + 64 * 2 + 2)
+    assert rows["pretrained"]["stored_numbers"] == rows["ties"]["stored_numbers"] < rows["smile"]["stored_numbers"]
+    with pytest.raises(ValueError, match=r"other \['tasks'\]"):
+        study.run_study(tasks[:1], *arguments[1:], tmp_path / "stopped", accelerator, **options)
+
+    results = {"suite": "digits", "runs": [whole, resumed]}
+    print_report(results)
+    printed = capsys.readouterr().out
+    assert "disjoint" in printed and "digits_7_to_9" in printed and "worst task" in printed
+    assert save_picture(results, tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_report_means_and_spreads():
+    assert average({"a": 10.0, "b": 20.0}) == 15.0
+    assert over_seeds([{"x": 1.0}, {"x": 3.0}], lambda row: row["x"]) == "2.0 ±1.4"
+    assert over_seeds([{}], average) == "-"
