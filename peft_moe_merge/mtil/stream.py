@@ -140,7 +140,7 @@ def _train_task(
     method.begin_task(task)
     parameters = method.trainable_parameters()
     progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=method.learning_rate(lr), weight_decay=settings.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     batches = train_batches(
         task.train,

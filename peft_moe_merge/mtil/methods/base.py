@@ -34,6 +34,29 @@ class MethodSettings:
     router_locality_loss: float = setting(0.0, "weight of the loss that keeps routers off experts that moved far")
     router_stop: int | None = setting(None, "steps of a task after which its routers train no more")
     router_gap: float | None = setting(None, "stop each router by the gate-gap test with this threshold instead")
+    full_lr: float = setting(
+        5e-4, "peak learning rate of methods that train all of CLIP's weights; 1e-5 for CLIPs of the usual size"
+    )
+    lora_r: int = setting(16, "rank of a LoRA")
+    wise_alpha: float = setting(0.5, "wise_ft: share of the weights after a task; the rest is of those before it")
+    distillation_weight: float = setting(1.0, "lwf, lwf_vr, zscl, icarl: of the distillation loss")
+    extra_batch_size: int = setting(
+        64, "random sentences, reference images or exemplars per step, on top of the task's"
+    )
+    average_every: int = setting(10, "zscl: optimizer steps between the weights that are averaged")
+    reference: str = setting("mini", "zscl: 'mini', drawings; or a folder <class>/<images>")
+    exemplars: int = setting(500, "icarl: images kept, over all classes")
+
+    def __post_init__(self):
+        for name in ("lora_r", "extra_batch_size", "average_every", "exemplars"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.wise_alpha <= 1:
+            raise ValueError(f"`wise_alpha` must lie in [0, 1], got {self.wise_alpha}.")
+        if self.full_lr <= 0:
+            raise ValueError(f"`full_lr` must be positive, got {self.full_lr}.")
+        if self.distillation_weight < 0:
+            raise ValueError(f"`distillation_weight` must not be negative, got {self.distillation_weight}.")
 
 
 class Method(ABC):
@@ -62,6 +85,10 @@ class Method(ABC):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer of the current task gets."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def learning_rate(self, lr: float) -> float:
+        """Return the peak learning rate for a task where the stream suggests `lr`, which suits adapters."""
+        return lr
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of the images' similarities to all class prompts of the task, encoded anew each step.

@@ -1,0 +1,56 @@
+"""Images and sentences beside the stream, by which a method can see what CLIP knew."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, load_dataset
+from PIL import Image as PILImage
+
+from .mini.drawings import draw_images, pair_table
+
+_DRAWINGS, _SEED = 4, 1  # drawings per concept and style; the small CLIP was pretrained with those of seed 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images, and sentences that need not describe them.
+
+    Attributes:
+        images: rows with `image` (PIL).
+        sentences: what may be said of images.
+    """
+
+    images: Dataset
+    sentences: list[str]
+
+
+@functools.cache
+def load_reference(source: str) -> Reference:
+    """Load a reference set.
+
+    Args:
+        source: "mini" draws one, other drawings of the concepts that the small CLIP was pretrained on and in those
+            styles; the embedded tasks have the same concepts, but none of the styles. Any other is a folder
+            `<source>/<class>/<images>`, whose class names become the sentences.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without images.
+    """
+    if source == "mini":
+        pairs = pair_table(_DRAWINGS)
+        drawings = [PILImage.fromarray(pixels) for pixels in draw_images(pairs, _SEED)]
+        images = Dataset.from_dict({"image": drawings}, features=Features({"image": Image()}))
+        return Reference(images, sorted({caption for pair in pairs for caption in pair.captions}))
+    folder = Path(source)
+    if not any(path.is_file() for path in folder.glob("*/*")):
+        raise FileNotFoundError(
+            f"No reference images in {source!r}. Expected {source}/<class>/<images>, or 'mini' for drawings."
+        )
+    images = load_dataset(
+        "imagefolder", data_files={"train": str(folder / "*" / "*")}, split="train", drop_labels=False
+    )
+    names = images.features["label"].names
+    return Reference(images, [f"a photo of a {name.replace('_', ' ')}." for name in names])

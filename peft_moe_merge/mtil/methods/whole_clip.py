@@ -1,0 +1,29 @@
+"""What methods that train all weights of CLIP have in common."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from .base import Method
+
+
+class WholeClip(Method):
+    """Trains all weights but the logit scale, and keeps them all."""
+
+    def learning_rate(self, lr: float) -> float:
+        return self.settings.full_lr
+
+    def save(self, folder: Path) -> None:
+        save_model(self.model, str(folder / "model.safetensors"))
+
+    def load(self, folder: Path) -> None:
+        load_model(self.model, str(folder / "model.safetensors"))
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy a model to look back at: not trained, and untouched by what happens to the original."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
