@@ -18,7 +18,7 @@ from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.report.figures import save_figures
+from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
 from peft_moe_merge.mtil.results import empty_results, run_result, write_results
 from peft_moe_merge.mtil.settings import setting
@@ -34,7 +34,9 @@ class RunSettings:
     order: str = setting("I", "of the tasks: I, II or random")
     few_shot: int | None = setting(None, "training images per class; default: all")
     model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; 'untrained': a small one; default: mini's")
-    methods: list[str] = setting(["zero_shot", "moe_lora_merge"], f"any of {', '.join(METHODS)}")
+    methods: list[str] = setting(
+        ["zero_shot", "finetune", "moe_adapters", "moe_lora_merge"], f"any of {', '.join(METHODS)}"
+    )
     seeds: list[int] = setting([42], "one run each")
     output_dir: str = setting("runs/mtil", "where checkpoints, results and pictures go")
     resume: bool = setting(False, "go on with the run in the output folder")
@@ -100,9 +102,8 @@ def main() -> None:
     if accelerator.is_main_process and results["methods"]:
         write_results(output_dir / "results.json", results)
         print_results(results)
-        for file in save_figures(results, output_dir / "figures"):
-            print(f"picture: {file}")
         print(f"results: {output_dir / 'results.json'}")
+        print(f"report:  {write_report(results, output_dir)[-1]}, pictures beside it in figures/")
     accelerator.end_training()
 
 

@@ -150,8 +150,9 @@ def launch(*arguments, expect=0):
 
 def test_example(tmp_path):
     arguments = ("--steps", 12, "--batch_size", 16, "--num_experts", 6, "--r", 4, "--merge_every", 5)
-    done = launch("--suite", "digits", *arguments, "--mixed_precision", "bf16", "--output_dir", tmp_path)
-    for expected in ("moe_lora_merge, seed 42", "Transfer", "digits_7_to_9", "accuracy in %", "picture: "):
+    methods = ("--methods", "zero_shot", "moe_lora_merge")
+    done = launch("--suite", "digits", *methods, *arguments, "--mixed_precision", "bf16", "--output_dir", tmp_path)
+    for expected in ("moe_lora_merge, seed 42", "Transfer", "digits_7_to_9", "accuracy in %", "report.html"):
         assert expected in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["suite"] == "digits" and len(results["tasks"]) == 3
@@ -168,7 +169,8 @@ def test_example(tmp_path):
         "stored_bytes",
     } <= result.keys()
     assert [step for step, _ in result["merges"][2]] == [5, 10]
-    assert (tmp_path / "figures" / "moe_lora_merge_seed_42.png").stat().st_size > 5000
+    assert (tmp_path / "figures" / "accuracy_moe_lora_merge.png").stat().st_size > 5000
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") >= 6
 
 
 def test_example_refuses_before_the_first_step(tmp_path):
