@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .merging import Merge
+from .task_callback import TaskCallback, unwrap
 
 
-def unwrap(model: nn.Module) -> Any:
-    """Take a model with experts out of whatever wraps it for parallel training or compilation.
-
-    Raises:
-        TypeError: it has no experts.
-    """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not hasattr(model, "merge_experts"):
-        raise TypeError(
-            "This callback needs a model with experts, `get_peft_model(model, MoELoraMergeConfig(...))`; got "
-            f"{type(model).__name__}."
-        )
-    return model
-
-
-class ExpertMergeCallback(TrainerCallback):
+class ExpertMergeCallback(TaskCallback):
     """Merges experts every so many optimizer steps, and freezes a task's favourites when its training ends.
-
-    In a `Trainer`, pass it in `callbacks`; one `train()` is one task. In a loop of your own, call the same object:
-
-    ```python
-    callback.begin_task(model)
-    for batch in loader:
-        ...
-        optimizer.step()
-        callback.step(model, optimizer)
-    callback.end_task(model)
-    ```
 
     Args:
         merge_every: optimizer steps between merges, the merging cycle M; None never merges.
@@ -74,16 +47,8 @@ class ExpertMergeCallback(TrainerCallback):
         self.merges: list[tuple[int, dict[str, Merge]]] = []
         self._warned = False
 
-    def begin_task(self, model: nn.Module, *, steps: int = 0) -> None:
-        """Start counting, at zero or, when a task is resumed, where its training left off.
-
-        Args:
-            model: the model, also inside a wrapper for parallel training.
-            steps: optimizer steps that the task has behind it; the model then brings its counts along.
-
-        Raises:
-            TypeError: the model has no experts that could merge.
-        """
+    def begin_task(self, model: nn.Module, *, steps: int = 0, total_steps: int | None = None) -> None:
+        """Start counting, at zero or, when a task is resumed, where it left off; the model then brings its counts along."""
         model = unwrap(model)
         self.steps = steps
         self.merges = []
@@ -92,7 +57,7 @@ class ExpertMergeCallback(TrainerCallback):
         model.set_landmark()
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Call after every optimizer step, in all processes. Merges when it is time."""
+        """Merge when it is time."""
         if getattr(optimizer, "step_was_skipped", False):  # by a gradient scaler that met an overflow
             return
         self.steps += 1
@@ -114,26 +79,5 @@ class ExpertMergeCallback(TrainerCallback):
             )
 
     def end_task(self, model: nn.Module) -> None:
-        """Freeze the task's favourites. Call once when its training is over, in all processes."""
+        """Freeze the task's favourites."""
         unwrap(model).freeze_experts(self.freeze_top_k)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.begin_task(model, steps=state.global_step)
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        **kwargs: Any,
-    ) -> None:
-        self.step(model, optimizer)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.end_task(model)

@@ -6,21 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .callback import unwrap
 from .routing_stop import FlagRule, update_flags
+from .task_callback import TaskCallback, unwrap
 
 
-class RouterFreezeCallback(TrainerCallback):
+class RouterFreezeCallback(TaskCallback):
     """Stops the current task's routers, at a fixed part of its training or, block by block, by the gate-gap test.
 
     The test is that of arXiv 2406.16437 translated to deep routers: after `explore` steps every step flags the experts
     whose score, without noise and as the mean over the batch, is closer than `gap` to that of a selected one (rule
     "lt"; "gt": farther than); a block's router stops once all its experts are flagged. With several processes only all
     of them together stop a router.
-
-    Used as `ExpertMergeCallback` is: in a `Trainer`'s `callbacks`, or by `begin_task`, `step` and `end_task` in a loop.
 
     Args:
         at_step: stop all routers after so many optimizer steps of a task.
@@ -63,12 +60,7 @@ class RouterFreezeCallback(TrainerCallback):
         self._flags: dict[str, Tensor] = {}
 
     def begin_task(self, model: nn.Module, *, steps: int = 0, total_steps: int | None = None) -> None:
-        """Start counting a task's steps.
-
-        Args:
-            model: the model, also inside a wrapper for parallel training.
-            steps: optimizer steps that a resumed task has behind it. The flags of the gate-gap test begin anew.
-            total_steps: the task's steps, needed for `at_fraction`.
+        """Start counting a task's steps. When one is resumed, the flags of the gate-gap test begin anew.
 
         Raises:
             ValueError: `at_fraction` without `total_steps`.
@@ -86,7 +78,7 @@ class RouterFreezeCallback(TrainerCallback):
             self._stop(model, list(model.frozen_experts()))
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Call after every optimizer step, in all processes."""
+        """Stop what is to be stopped."""
         if getattr(optimizer, "step_was_skipped", False):
             return
         self.steps += 1
@@ -124,24 +116,3 @@ class RouterFreezeCallback(TrainerCallback):
         if blocks:
             model.stop_routers(blocks)
             self.stops |= dict.fromkeys(blocks, self.steps)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.begin_task(model, steps=state.global_step, total_steps=state.max_steps)
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        **kwargs: Any,
-    ) -> None:
-        self.step(model, optimizer)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.end_task(model)
