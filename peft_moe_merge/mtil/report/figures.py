@@ -66,9 +66,9 @@ def draw_all(results: dict[str, Any]) -> Pictures:
             )
         for what, draw, caption in inside:
             for name, runs in results["methods"].items():
-                if any(run.get(what) for run in runs):
-                    one = what in ("usage", "merges")
-                    shown = runs[:1] if one else runs
+                shown = runs[:1] if what in ("usage", "merges") else runs
+                # a method that could have merged and did not tells of tasks without merges
+                if any(of_task for run in shown for of_task in run.get(what) or ()):
                     pictures[f"{what}_{name}"] = (draw(tasks, shown), f"{name}: {caption}, {_seeds(shown)}")
     return pictures
 
