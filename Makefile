@@ -22,7 +22,7 @@ lint: .venv/ready
 
 docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/mkdocs build --strict
+	$(BIN)/pdoc --docformat google --output-directory build/docs peft_moe_merge
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
+from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
 
 BLOCK = "vision_model.encoder.layers.0.mlp"
 PROMPTS = {"input_ids": torch.tensor([[0, 5, 6, 1], [0, 8, 9, 1]])}
@@ -90,6 +90,15 @@ def test_trainer_merges_every_m_steps_and_freezes_at_the_end(tmp_path, monkeypat
     for block, frozen in model.frozen_experts().items():
         assert set(before[block]) <= set(frozen)
         assert all(torch.equal(kept[block][e], model.expert_parameters(block, e)["up_weight"]) for e in before[block])
+
+
+def test_routers_stop_in_the_trainer(tmp_path):
+    model, callback = adapted(), RouterFreezeCallback(at_fraction=0.5)
+    run = trainer(model, tmp_path, callback)
+    run.add_callback(ExpertMergeCallback(merge_every=5))
+    run.train()
+    assert set(callback.stops.values()) == {6} and len(model.stopped_routers()) == 4
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "routers" in name)
 
 
 def test_m_counts_optimizer_steps_under_accumulation_and_checkpointing(tmp_path):
