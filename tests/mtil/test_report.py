@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from peft_moe_merge.mtil.checkpoint import Progress
+from peft_moe_merge.mtil.report.figures import draw_all
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.statistics import estimate, paired_difference
 from peft_moe_merge.mtil.report.tables import matrix_rows, print_results, summary_rows
@@ -108,10 +109,17 @@ def test_the_page_stands_alone(results, tmp_path):
     *pictures, page = write_report(results, tmp_path)
     html = page.read_text()
     assert html.count("data:image/png;base64,") == len(pictures) == 8
-    assert not re.search(r"""(src|href)\\s*=\\s*["']?(https?:|//|file:)|@import|<script""", html)
+    loads = re.compile(r"""(src|href)\s*=\s*["']?(?!["']?data:)|url\(|@import|<script""")
+    assert not loads.search(html) and loads.search("<img src='//host/a.png'>") and loads.search('<a href="b.css">')
     assert "&lt;cars&gt; &amp; $x$" in html and "<cars>" not in html
     for number in ("82.33", "26.5", "moe_adapters", "1,234"):
         assert number in html
+
+
+def test_every_block_lists_its_tasks_from_the_first_down(results):
+    figure = draw_all(results)["usage_moe_lora_merge"][0]
+    panels = [axes for axes in figure.axes if axes.get_title() in ("vision 0", "text 0")]
+    assert len(panels) == 2 and all(axes.yaxis_inverted() for axes in panels)
 
 
 def test_the_report_can_be_redone(results, tmp_path):
@@ -125,9 +133,16 @@ def test_the_report_can_be_redone(results, tmp_path):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look at the page with")
 def test_a_browser_shows_it_whole(results, tmp_path):
     page = write_report(results, tmp_path)[-1]
-    probe = "<script>addEventListener('load',()=>{document.title='shown '+[...document.images].filter(i=>i.naturalWidth>100).length})</script>"
-    page.write_text(page.read_text().replace("</body>", probe + "</body>"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+    probe = """<script>
+    let errors = 0
+    addEventListener('error', () => errors++, true)
+    addEventListener('load', () => {
+        const shown = [...document.images].filter(image => image.naturalWidth > 100).length
+        document.title = `${shown} shown, ${errors} errors, wider ${document.body.scrollWidth > innerWidth}`
+    })</script>"""
+    page.write_text(page.read_text().replace("</head>", probe + "</head>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
     command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>shown 8</title>" in done.stdout, done.stderr[-2000:]
+    assert "<title>8 shown, 0 errors, wider false</title>" in done.stdout, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, "the browser has nothing to complain of"

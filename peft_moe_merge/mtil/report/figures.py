@@ -48,9 +48,9 @@ def draw_all(results: dict[str, Any]) -> Pictures:
     """
     tasks, pictures = results["tasks"], {}
     inside: list[tuple[str, Callable[[list[str], Runs], Figure], str]] = [
-        ("losses", loss_figure, "Training loss, averaged over seeds; pale: each step, strong: running mean"),
-        ("frozen", frozen_figure, "Frozen experts per block after each task, averaged over seeds"),
-        ("usage", usage_figure, "How often each task's routers selected each expert in training, share in percent"),
+        ("losses", loss_figure, "Training loss; pale: each step, strong: running mean"),
+        ("frozen", frozen_figure, "Frozen experts per block after each task"),
+        ("usage", usage_figure, "Selections of each expert by each task's routers in training, in percent"),
         ("merges", merge_figure, "Merge events: two experts (rings) and the one they overwrite (dot)"),
     ]
     with matplotlib.rc_context(STYLE):
@@ -137,8 +137,8 @@ def usage_figure(tasks: list[str], runs: Runs) -> Figure:
         counts_TE = np.array([counts[block] for counts in usage], dtype=float)
         share_TE = 100 * counts_TE / np.maximum(counts_TE.sum(axis=1, keepdims=True), 1)
         image = axes.pcolormesh(share_TE, cmap="Blues", vmin=0, vmax=50, edgecolor="white", linewidth=0.3)
-        axes.invert_yaxis()
         axes.set_yticks(np.arange(len(share_TE)) + 0.5, tasks[: len(share_TE)], fontsize=7)
+        axes.set_ylim(len(share_TE), 0)
         axes.set(title=block_label(block), xlabel="expert")
         axes.label_outer()
         figure = axes.figure
@@ -188,9 +188,9 @@ def _heat_map(
     digits: int = 0,
 ) -> None:
     high = high or max(1.0, values.max())
-    image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=high, edgecolor="white", linewidth=0.5)
+    image = axes.pcolormesh(values, cmap="viridis", vmin=0, vmax=high, edgecolor="white", linewidth=0.5)
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value < 0.55 * high else "black"
+        colour = "white" if value < 0.6 * high else "black"
         axes.text(column + 0.5, row + 0.5, f"{value:.{digits}f}", ha="center", va="center", color=colour)
     axes.set_xticks(np.arange(values.shape[1]) + 0.5, columns[: values.shape[1]], rotation=40, ha="right")
     axes.set_yticks(np.arange(values.shape[0]) + 0.5, rows[: values.shape[0]])
@@ -215,7 +215,7 @@ def _mark_tasks(axes: Axes, tasks: list[str], lengths: list[int]) -> None:
         axes.axvline(first, color="#cccccc", linewidth=0.6, zorder=0)
         middle = (first + length / 2, 1.01)
         axes.annotate(task, middle, xycoords=("data", "axes fraction"), ha="center", fontsize=7, color="#555555")
-    axes.set_xlim(0, sum(lengths))
+    axes.set_xlim(0, 1.01 * sum(lengths))
 
 
 def _starts(lengths: list[int]) -> list[int]:
@@ -229,4 +229,5 @@ def _blocks(per_task: list[dict[str, Any]]) -> list[str]:
 
 
 def _seeds(runs: Runs) -> str:
-    return f"seed{'s' * (len(runs) > 1)} {', '.join(str(run['seed']) for run in runs)}"
+    numbers = ", ".join(str(run["seed"]) for run in runs)
+    return f"mean of seeds {numbers}" if len(runs) > 1 else f"seed {numbers}"

@@ -14,7 +14,7 @@ from .statistics import BASELINE
 from .tables import COMPARED, Rows, matrix_rows, summary_caption, summary_rows, task_rows
 
 STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 3rem auto; padding: 0 1.5rem; color: #1d2329; background: #fff; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 70rem; margin: 3rem auto; padding: 0 1.5rem; color: #1d2329; background: #fff; }
 h1 { font-size: 1.9rem; margin-bottom: .3rem; } h2 { font-size: 1.3rem; margin: 3rem 0 .6rem; border-bottom: 1px solid #d8dde2; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
@@ -23,6 +23,7 @@ th { font-weight: 600; border-bottom-color: #89929b; } th:first-child, td:first-
 figure { margin: 1.2rem 0 2.2rem; } img { max-width: 100%; height: auto; } figcaption, .note { color: #56606a; font-size: .88rem; }
 .settings td { text-align: left; word-break: break-word; }
 """
+DPI = 144
 SECTIONS = {
     "metrics": "Transfer, Average, Last",
     "accuracy": "Accuracy after each task",
@@ -48,7 +49,7 @@ def write_report(results: dict[str, Any], folder: Path, baseline: str = BASELINE
     files, pictures = [], {}
     for name, (figure, caption) in draw_all(results).items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=144)
+        figure.savefig(buffer, format="png", dpi=DPI)
         pictures[name] = (buffer.getvalue(), caption)
         files.append(_write(folder / "figures" / f"{name}.png", buffer.getvalue()))
     page = report_page(results, pictures, baseline)
@@ -82,15 +83,16 @@ def report_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, str]],
         if len(runs) == 1:
             parts += [f"<h3>{escape(name)}: accuracy matrix</h3>", _table(matrix_rows(results["tasks"], runs[0]))]
     for heading in ("settings", "versions"):
-        rows = [[heading, ""], *([name, str(value)] for name, value in results[heading].items())]
+        rows = [[heading.removesuffix("s"), ""], *([name, str(value)] for name, value in results[heading].items())]
         parts += [f"<h2>{heading.capitalize()}</h2>", f"<div class='settings'>{_table(rows)}</div>"]
     return "\n".join([*parts, "</body></html>\n"])
 
 
 def _figure(name: str, png: bytes, caption: str) -> str:
     data, text = base64.b64encode(png).decode(), escape(caption)
-    source = f"data:image/png;base64,{data}"
-    return f"<figure id='{escape(name)}'><img src='{source}' alt='{text}'><figcaption>{text}.</figcaption></figure>"
+    width = int.from_bytes(png[16:20], "big") * 96 // DPI  # so that letters are of one size in all pictures
+    image = f"<img src='data:image/png;base64,{data}' width='{width}' alt='{text}'>"
+    return f"<figure id='{escape(name)}'>{image}<figcaption>{text}.</figcaption></figure>"
 
 
 def _table(rows: Rows) -> str:
