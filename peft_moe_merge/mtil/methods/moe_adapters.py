@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft_moe_merge import ExpertMergeCallback
-
 from .moe_lora_merge import MoELoraMerge
 
 
@@ -19,7 +15,4 @@ class MoEAdapters(MoELoraMerge):
     """
 
     name = "moe_adapters"
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.callback = ExpertMergeCallback(None, self.settings.freeze_top_k)
+    merge_every = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
+from peft_moe_merge.task_callback import TaskCallback
 
 from ..data.batches import Batch
 from ..data.task import Task
@@ -22,14 +23,19 @@ class MoELoraMerge(Method):
 
     name = "moe_lora_merge"
 
+    @property
+    def merge_every(self) -> int | None:
+        """Optimizer steps between merges; None never merges."""
+        return self.settings.merge_every
+
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: MethodSettings):
         super().__init__(clip, processor, settings)
-        self.callback = ExpertMergeCallback(settings.merge_every, settings.freeze_top_k)
-        self.router_freeze: RouterFreezeCallback | None = None
+        self.merging = ExpertMergeCallback(self.merge_every, settings.freeze_top_k)
+        self.callbacks: list[TaskCallback] = [self.merging]
         if settings.router_gap is not None:
-            self.router_freeze = RouterFreezeCallback(gap=settings.router_gap, explore=settings.merge_every)
+            self.callbacks.append(RouterFreezeCallback(gap=settings.router_gap, explore=settings.merge_every))
         elif settings.router_stop is not None:
-            self.router_freeze = RouterFreezeCallback(at_step=settings.router_stop)
+            self.callbacks.append(RouterFreezeCallback(at_step=settings.router_stop))
         self.learnt: list[str] = []
 
     def begin_task(self, task: Task) -> None:
@@ -41,6 +47,7 @@ class MoELoraMerge(Method):
                 "r",
                 "merge_strategy",
                 "merge_pair",
+                "merge_router_columns",
                 "router_balance_loss",
                 "router_locality_loss",
             )
@@ -49,9 +56,8 @@ class MoELoraMerge(Method):
         else:
             self.model.add_task(task.name)
         self.model.set_task(task.name)
-        self.callback.begin_task(self.model)
-        if self.router_freeze is not None:
-            self.router_freeze.begin_task(self.model)
+        for callback in self.callbacks:
+            callback.begin_task(self.model)
         self.learnt.append(task.name)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -61,21 +67,19 @@ class MoELoraMerge(Method):
         return loss
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.callback.step(self.model, optimizer)
-        if self.router_freeze is not None:
-            self.router_freeze.step(self.model, optimizer)
+        for callback in self.callbacks:
+            callback.step(self.model, optimizer)
 
     def end_task(self) -> None:
-        self.callback.end_task(self.model)
-        if self.router_freeze is not None:
-            self.router_freeze.end_task(self.model)
+        for callback in self.callbacks:
+            callback.end_task(self.model)
 
     def prepare_evaluation(self, task: Task) -> None:
         self.model.set_task(task.name if task.name in self.learnt else None)
 
     def story(self) -> dict[str, Any]:
         return {
-            "merges": self.callback.merges,
+            "merges": self.merging.merges,
             "frozen": self.model.frozen_experts(),
             "usage": {block: counts_E.tolist() for block, counts_E in self.model.expert_usage().items()},
         }
