@@ -30,7 +30,9 @@ class MethodSettings:
     freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
     merge_strategy: str = setting("average", "how two experts become one: average or aligned")
     merge_pair: str = setting("most_used", "which two experts merge: most_used or most_similar")
-    merge_router_columns: str = setting("keep", "the router's column of an overwritten expert: keep, or mean of the two")
+    merge_router_columns: str = setting(
+        "keep", "the router's column of an overwritten expert: keep, or mean of the two"
+    )
     router_balance_loss: float = setting(0.0, "weight of the loss that spreads samples over experts")
     router_locality_loss: float = setting(0.0, "weight of the loss that keeps routers off experts that moved far")
     router_stop: int | None = setting(None, "steps of a task after which its routers train no more")
