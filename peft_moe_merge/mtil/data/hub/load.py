@@ -1,0 +1,258 @@
+"""From a copy of a data set to a task: download or open, check, map labels by name, split. No image is copied."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from itertools import zip_longest
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from PIL import Image as PILImage
+from torch.utils.data import random_split
+
+from ..task import Task, labels_of
+from ..templates import templates_for
+from .table import HUB_SETS, HubSet, class_names
+
+
+def load_hub_task(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    few_shot: bool = False,
+    allow_size_mismatch: bool = False,
+    force_download: bool = False,
+) -> Task:
+    """Load a task of the benchmark from the Hub, its cache, or a local copy.
+
+    Args:
+        name: a key of `HUB_SETS`.
+        data_dir: folder with a copy of each repository, `<data_dir>/<name>`; None asks the Hub, and its cache if the
+            environment says `HF_HUB_OFFLINE=1`.
+        few_shot: give the task the learning rate for few images.
+        allow_size_mismatch: go on with other numbers of images than the benchmark's.
+        force_download: do not trust files in the cache.
+
+    Raises:
+        ConnectionError: no network, and nothing in the cache.
+        PermissionError: the repository wants its conditions accepted first.
+        FileNotFoundError: no such repository, revision or folder.
+        ValueError: files that can't be read, missing splits or columns, labels that fit no class, images that can't be
+            read (a few are tried), other numbers of images.
+    """
+    entry = HUB_SETS[name]
+    splits = load_splits(name, entry, data_dir=data_dir, force_download=force_download)
+    check_images(name, splits, few=True)
+    used = {split: _with_class_labels(name, entry, split, dataset) for split, dataset in splits.items()}
+    train, test = _train_and_test(entry, used)
+    if (len(train), len(test)) != entry.sizes and not allow_size_mismatch:
+        raise ValueError(
+            f"{name!r} has {len(train)} images to train and {len(test)} to test on in {_place(entry, name, data_dir)} "
+            f"({', '.join(f'{split}: {len(dataset)}' for split, dataset in splits.items())}); the benchmark has "
+            f"{entry.sizes[0]} and {entry.sizes[1]}. With other images numbers do not compare with published ones; "
+            "`allow_size_mismatch` (`--allow_size_mismatch`) goes on all the same."
+        )
+    return Task(
+        name=name,
+        class_names=tuple(class_names(name)),
+        templates=templates_for(name),
+        train=train,
+        test=test,
+        lr=entry.lr_few_shot if few_shot else entry.lr,
+    )
+
+
+def load_splits(
+    name: str, entry: HubSet, *, data_dir: str | Path | None = None, force_download: bool = False
+) -> dict[str, Dataset]:
+    """Load the splits that an entry uses, as they are; see `load_hub_task`."""
+    place = _place(entry, name, data_dir)
+    try:
+        if data_dir is None:
+            mode = "force_redownload" if force_download else None
+            found = load_dataset(entry.hub_id, entry.config, revision=entry.revision, download_mode=mode)
+        else:
+            if not (Path(data_dir) / name).is_dir():
+                raise FileNotFoundError(
+                    f"No folder {str(Path(data_dir) / name)!r}. Expected a copy of the repository there: "
+                    f"`hf download --repo-type dataset {entry.hub_id} --local-dir {Path(data_dir) / name}`."
+                )
+            found = load_dataset(str(Path(data_dir) / name))
+    except Exception as error:
+        raise _explained(error, name, entry, place) from error
+    assert isinstance(found, DatasetDict)
+    wanted = [split for split in f"{entry.train}+{entry.test}".split("+") if split]
+    missing = [split for split in wanted if split not in found]
+    if missing:
+        raise ValueError(f"{name!r}: no split {', '.join(map(repr, missing))} in {place}; there are {list(found)}.")
+    for split in wanted:
+        columns = found[split].column_names
+        absent = [column for column in (entry.image, entry.label) if column not in columns]
+        if absent:
+            raise ValueError(
+                f"{name!r}: no column {', '.join(map(repr, absent))} in split {split!r} of {place}; there are {columns}."
+            )
+    return {split: found[split] for split in wanted}
+
+
+def check_images(name: str, splits: dict[str, Dataset], *, column: str | None = None, few: bool = False) -> None:
+    """Decode images, all or the first, middle and last of each split.
+
+    Raises:
+        ValueError: some can't be read; with the data set, split and row of each.
+    """
+    column = column or HUB_SETS[name].image
+    defects = []
+    for split, dataset in splits.items():
+        raw = dataset.select_columns(column).cast_column(column, Image(decode=False))
+        rows = {0, len(raw) // 2, len(raw) - 1} if few else range(len(raw))
+        defects += [f"{name}, split {split!r}, row {row}: {error}" for row, error in _defects(raw, column, sorted(rows))]
+    if defects:
+        listed = "\n  ".join(defects[:10]) + (f"\n  and {len(defects) - 10} more" if len(defects) > 10 else "")
+        raise ValueError(
+            f"{name!r} has images that can't be read. Load it anew (`force_download`, or `--force_download` of the "
+            f"prefetch command); if they stay, the copy itself is damaged:\n  {listed}"
+        )
+
+
+def _defects(raw: Dataset, column: str, rows: Iterable[int]) -> Iterator[tuple[int, Exception]]:
+    for row in rows:
+        image = raw[row][column]
+        try:
+            with PILImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+                opened.load()
+        except Exception as error:  # Pillow's readers raise whatever they meet
+            yield row, error
+
+
+def match_class_names(name: str, found: Iterable[str], without: tuple[str, ...] = ()) -> dict[str, int]:
+    """Map a copy's class names to class numbers, by name: case, accents and punctuation do not count.
+
+    Args:
+        name: the task.
+        found: the copy's class names.
+        without: names that are left out.
+
+    Returns:
+        Class numbers, in the order of `class_names(name)`, by the copy's names.
+
+    Raises:
+        ValueError: names without a class, or classes without a name; both side by side.
+    """
+    known = class_names(name)
+    numbers = {_plain(word): number for number, (ours, others) in enumerate(known.items()) for word in (ours, *others)}
+    left_out = {_plain(word) for word in without}
+    found = [word for word in found if _plain(word) not in left_out]
+    matched = {word: numbers[_plain(word)] for word in found if _plain(word) in numbers}
+    lacking = [ours for number, ours in enumerate(known) if number not in matched.values()]
+    foreign = [word for word in found if word not in matched]
+    twice = len(matched) - len(set(matched.values()))
+    if lacking or foreign or twice:
+        width = max(len("class of the task"), *map(len, known))
+        rows = zip_longest(["class of the task", *lacking], ["name in the copy", *foreign], fillvalue="")
+        table = "\n".join(f"  {ours:{width}} | {theirs}" for ours, theirs in rows)
+        raise ValueError(
+            f"{name!r}: {len(lacking)} of {len(known)} classes have no label in this copy, {len(foreign)} of its "
+            f"{len(found)} labels have no class, {twice} share one. These do not match:\n{table}\n"
+            f"A name that means the same goes behind the class, after ' | ', in class_names/{name}.txt."
+        )
+    return matched
+
+
+def _plain(name: str) -> str:
+    """Reduce a name to its letters and digits; SUN397 calls a class `/c/church/outdoor`."""
+    name = unicodedata.normalize("NFKD", name.casefold())
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^/[a-z]/", "", name))
+
+
+def _with_class_labels(name: str, entry: HubSet, split: str, dataset: Dataset) -> Dataset:
+    """Reduce to `image` and `label`, numbered as the task's classes are; drop the classes left out."""
+    feature = dataset.features[entry.label]
+    values = labels_of(dataset, entry.label)
+    if isinstance(feature, ClassLabel):
+        names, numbers = feature.names, values
+    elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        names, numbers = np.unique(values.astype(str), return_inverse=True)
+    elif entry.label_names is not None:
+        names, numbers = list(entry.label_names), values
+    else:
+        raise ValueError(
+            f"{name!r}: the labels of split {split!r} are {feature}, numbers without names, and their order is not to "
+            "be guessed. Write the names by number into the entry's `label_names`, from the data set's own documents."
+        )
+    outside = (numbers < 0) | (numbers >= len(names))
+    if outside.any():
+        row = int(outside.argmax())
+        raise ValueError(f"{name!r}, split {split!r}, row {row}: label {numbers[row]} is none of {len(names)} classes.")
+    matched = match_class_names(name, names, entry.without)
+    labels = np.array([matched.get(word, -1) for word in names])[numbers]
+    classes = ClassLabel(names=list(class_names(name)))
+    # the labels stand beside the images, which stay where they are on disk
+    dataset = dataset.select_columns(entry.image).rename_column(entry.image, "image")
+    dataset = dataset.cast_column("image", Image(mode="RGB")).add_column("label", labels, feature=classes)
+    kept = np.flatnonzero(labels >= 0)
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def _train_and_test(entry: HubSet, splits: dict[str, Dataset]) -> tuple[Dataset, Dataset]:
+    def joined(names: str) -> Dataset:
+        return concatenate_datasets([splits[name] for name in names.split("+")])
+
+    if entry.split_seed is None:
+        return joined(entry.train), joined(entry.test)
+    images = joined(entry.train)
+    count = int(0.8 * len(images))
+    generator = torch.Generator().manual_seed(entry.split_seed)
+    train, test = random_split(range(len(images)), [count, len(images) - count], generator=generator)
+    return images.select(sorted(train.indices)), images.select(sorted(test.indices))
+
+
+def _place(entry: HubSet, name: str, data_dir: str | Path | None) -> str:
+    if data_dir is not None:
+        return repr(str(Path(data_dir) / name))
+    return f"{entry.hub_id!r} at revision {entry.revision or 'main'!r}"
+
+
+def _explained(error: Exception, name: str, entry: HubSet, place: str) -> Exception:
+    """Say what went wrong in the user's terms."""
+    chain = list(_causes(error))
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in chain)
+
+    if met(GatedRepoError) or "gated dataset" in str(error):
+        return PermissionError(
+            f"{name!r}: {entry.hub_id!r} is gated. Accept its conditions at "
+            f"https://huggingface.co/datasets/{entry.hub_id}, then `hf auth login`."
+        )
+    if met(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+        return ConnectionError(
+            f"{name!r}: can't reach the Hub for {place}, and it is not in the cache ({error}). Connect, or unset "
+            "HF_HUB_OFFLINE; or load it elsewhere with the prefetch command and bring the cache here, or a copy for "
+            "`data_dir`."
+        )
+    if met(DatasetNotFoundError):
+        return FileNotFoundError(
+            f"{name!r}: there is no {place} on the Hub, or it is private: it was renamed or removed, or wants "
+            "`hf auth login`. Correct the entry in hub/table.py, or give a local copy by `data_dir`."
+        )
+    if isinstance(error, FileNotFoundError):
+        return error
+    return ValueError(
+        f"{name!r}: {place} can't be read ({chain[-1]}). A file may have been damaged or cut short on its way: load it "
+        "anew by `force_download` (`--force_download` of the prefetch command)."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
