@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ class StreamSettings:
 
     steps: int = setting(1000, "optimizer steps per task")
     batch_size: int = setting(64, "images per step, over all processes")
-    lr: list[float] = setting([1e-3], "peak learning rate, or one per task")
+    lr: list[float] | None = setting(None, "peak learning rate, or one per task; default: the suite's, else 1e-3")
     weight_decay: float = setting(0.0, "of AdamW")
     warmup_steps: int | None = setting(None, "of the cosine schedule; default: 100, or a tenth of the steps if less")
     crop_scale: float = setting(0.9, "smallest part of an image's area that a random-resized crop keeps")
@@ -43,6 +43,10 @@ class StreamSettings:
             raise ValueError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.steps // 10)
+
+    def for_tasks(self, tasks: list[Task]) -> StreamSettings:
+        """Take the tasks' own learning rates where none is given."""
+        return self if self.lr else replace(self, lr=[task.lr for task in tasks])
 
     def lr_of(self, position: int) -> float:
         """Return the peak learning rate of the task at this position."""
@@ -79,6 +83,7 @@ def run_stream(
         FileExistsError: `output_dir` holds a run and `resume` is off.
         ValueError: the tasks or settings contradict themselves, or differ from those of the run to be resumed.
     """
+    settings = settings.for_tasks(tasks)
     _check(tasks, settings, accelerator)
     output_dir = Path(output_dir)
     set_seed(seed)

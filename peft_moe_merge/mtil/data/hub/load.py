@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, concatenate_datasets, load_dataset
@@ -17,10 +18,11 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image as PILImage
 from torch.utils.data import random_split
+from tqdm import tqdm
 
 from ..task import Task, labels_of
 from ..templates import templates_for
-from .table import HUB_SETS, HubSet, class_names
+from .table import HUB_SETS, REFERENCE, REFERENCE_SET, HubSet, class_names
 
 
 def load_hub_task(
@@ -50,7 +52,7 @@ def load_hub_task(
     """
     entry = HUB_SETS[name]
     splits = load_splits(name, entry, data_dir=data_dir, force_download=force_download)
-    check_images(name, splits, few=True)
+    check_images(name, entry.image, splits, few=True)
     used = {split: _with_class_labels(name, entry, split, dataset) for split, dataset in splits.items()}
     train, test = _train_and_test(entry, used)
     if (len(train), len(test)) != entry.sizes and not allow_size_mismatch:
@@ -68,6 +70,14 @@ def load_hub_task(
         test=test,
         lr=entry.lr_few_shot if few_shot else entry.lr,
     )
+
+
+def load_reference_images(*, data_dir: str | Path | None = None, force_download: bool = False) -> Dataset:
+    """Load the images of the reference set, without labels; arguments and errors are those of `load_hub_task`."""
+    splits = load_splits(REFERENCE, REFERENCE_SET, data_dir=data_dir, force_download=force_download)
+    check_images(REFERENCE, REFERENCE_SET.image, splits, few=True)
+    images = splits[REFERENCE_SET.train].select_columns(REFERENCE_SET.image)
+    return images.cast_column(REFERENCE_SET.image, Image(mode="RGB"))
 
 
 def load_splits(
@@ -103,34 +113,40 @@ def load_splits(
     return {split: found[split] for split in wanted}
 
 
-def check_images(name: str, splits: dict[str, Dataset], *, column: str | None = None, few: bool = False) -> None:
-    """Decode images, all or the first, middle and last of each split.
+def check_images(name: str, column: str, splits: dict[str, Dataset], *, few: bool = False) -> None:
+    """Decode images, with a bar; or only the first, middle and last of each split.
 
     Raises:
         ValueError: some can't be read; with the data set, split and row of each.
     """
-    column = column or HUB_SETS[name].image
     defects = []
     for split, dataset in splits.items():
         raw = dataset.select_columns(column).cast_column(column, Image(decode=False))
-        rows = {0, len(raw) // 2, len(raw) - 1} if few else range(len(raw))
-        defects += [f"{name}, split {split!r}, row {row}: {error}" for row, error in _defects(raw, column, sorted(rows))]
+        rows = sorted({0, len(raw) // 2, len(raw) - 1}) if few else range(len(raw))
+        with (
+            ThreadPoolExecutor() as pool,
+            tqdm(total=len(rows), desc=f"{name} {split}", leave=False, disable=few) as bar,
+        ):
+            for start in range(0, len(rows), 256):
+                part = rows[start : start + 256]
+                for row, error in zip(part, pool.map(_defect, raw[part][column]), strict=True):
+                    defects += [f"{name}, split {split!r}, row {row}: {error}"] if error else []
+                bar.update(len(part))
     if defects:
         listed = "\n  ".join(defects[:10]) + (f"\n  and {len(defects) - 10} more" if len(defects) > 10 else "")
         raise ValueError(
-            f"{name!r} has images that can't be read. Load it anew (`force_download`, or `--force_download` of the "
-            f"prefetch command); if they stay, the copy itself is damaged:\n  {listed}"
+            f"{name!r} has {len(defects)} images that can't be read. Load it anew by `force_download` "
+            f"(`--force_download` of the prefetch command); if they stay, the copy itself is damaged:\n  {listed}"
         )
 
 
-def _defects(raw: Dataset, column: str, rows: Iterable[int]) -> Iterator[tuple[int, Exception]]:
-    for row in rows:
-        image = raw[row][column]
-        try:
-            with PILImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-                opened.load()
-        except Exception as error:  # Pillow's readers raise whatever they meet
-            yield row, error
+def _defect(image: dict[str, Any]) -> Exception | None:
+    try:
+        with PILImage.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+            opened.load()
+    except Exception as error:  # Pillow's readers raise whatever they meet
+        return error
+    return None
 
 
 def match_class_names(name: str, found: Iterable[str], without: tuple[str, ...] = ()) -> dict[str, int]:
@@ -191,7 +207,9 @@ def _with_class_labels(name: str, entry: HubSet, split: str, dataset: Dataset) -
     outside = (numbers < 0) | (numbers >= len(names))
     if outside.any():
         row = int(outside.argmax())
-        raise ValueError(f"{name!r}, split {split!r}, row {row}: label {numbers[row]} is none of {len(names)} classes.")
+        raise ValueError(
+            f"{name!r}, split {split!r}, row {row}: label {numbers[row]} is none of {len(names)} classes."
+        )
     matched = match_class_names(name, names, entry.without)
     labels = np.array([matched.get(word, -1) for word in names])[numbers]
     classes = ClassLabel(names=list(class_names(name)))
@@ -233,7 +251,7 @@ def _explained(error: Exception, name: str, entry: HubSet, place: str) -> Except
             f"{name!r}: {entry.hub_id!r} is gated. Accept its conditions at "
             f"https://huggingface.co/datasets/{entry.hub_id}, then `hf auth login`."
         )
-    if met(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+    if met(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
         return ConnectionError(
             f"{name!r}: can't reach the Hub for {place}, and it is not in the cache ({error}). Connect, or unset "
             "HF_HUB_OFFLINE; or load it elsewhere with the prefetch command and bring the cache here, or a copy for "

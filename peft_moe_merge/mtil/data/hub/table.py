@@ -124,6 +124,7 @@ HUB_SETS: dict[str, HubSet] = {  # in order I
     ),
 }
 
+REFERENCE = "tiny_imagenet"
 REFERENCE_SET = HubSet(  # images beside the stream, by which a method can see what CLIP knew; not a task
     "zh-plus/tiny-imagenet", "5a77092c28e51558c5586e9c5eb71a7e17a5e43f",
     train="train", test="", sizes=(100000, 0), licence="non-commercial research",
