@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from PIL import Image as PILImage
 from torch.utils.data import random_split
 from tqdm import tqdm
@@ -214,7 +220,7 @@ def _with_class_labels(name: str, entry: HubSet, split: str, dataset: Dataset) -
     labels = np.array([matched.get(word, -1) for word in names])[numbers]
     classes = ClassLabel(names=list(class_names(name)))
     # the labels stand beside the images, which stay where they are on disk
-    dataset = dataset.select_columns(entry.image).rename_column(entry.image, "image")
+    dataset = dataset.select_columns(entry.image).rename_columns({entry.image: "image"})
     dataset = dataset.cast_column("image", Image(mode="RGB")).add_column("label", labels, feature=classes)
     kept = np.flatnonzero(labels >= 0)
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
@@ -251,16 +257,21 @@ def _explained(error: Exception, name: str, entry: HubSet, place: str) -> Except
             f"{name!r}: {entry.hub_id!r} is gated. Accept its conditions at "
             f"https://huggingface.co/datasets/{entry.hub_id}, then `hf auth login`."
         )
-    if met(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
-        return ConnectionError(
-            f"{name!r}: can't reach the Hub for {place}, and it is not in the cache ({error}). Connect, or unset "
-            "HF_HUB_OFFLINE; or load it elsewhere with the prefetch command and bring the cache here, or a copy for "
-            "`data_dir`."
-        )
     if met(DatasetNotFoundError):
         return FileNotFoundError(
             f"{name!r}: there is no {place} on the Hub, or it is private: it was renamed or removed, or wants "
             "`hf auth login`. Correct the entry in hub/table.py, or give a local copy by `data_dir`."
+        )
+    refused = [
+        cause for cause in chain if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
+    ]
+    if refused:
+        return PermissionError(f"{name!r}: the Hub refuses {place} ({refused[0]}). Try `hf auth login`.")
+    if met(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, HTTPError):
+        return ConnectionError(
+            f"{name!r}: can't reach the Hub for {place}, or the connection broke off ({chain[-1]}). Connect, or unset "
+            "HF_HUB_OFFLINE, and try again: what has arrived is kept. Or load it elsewhere with the prefetch command "
+            "and bring the cache here, or a copy for `data_dir`."
         )
     if isinstance(error, FileNotFoundError):
         return error
