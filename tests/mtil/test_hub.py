@@ -269,6 +269,7 @@ sys.path.insert(0, {tests!r})
 import datasets
 datasets.disable_progress_bars()
 from hub.mtil_sets import class_in
+from huggingface_hub.utils import close_session
 from peft_moe_merge.mtil.data.hub import load, prefetch
 
 def tell(name):
@@ -289,6 +290,8 @@ for line in sys.stdin:
             except SystemExit as error:
                 told["exit"] = str(error)
         told["printed"] = printed.getvalue()
+    if command == "disconnect":
+        close_session()
     for name in arguments if command == "load" else ():
         try:
             told[name] = tell(name)
@@ -385,5 +388,54 @@ def test_what_goes_wrong_on_the_way(hub, tmp_path):
         assert "ready" in ask("prefetch", "--force_download", "--allow_size_mismatch", "mnist")["printed"]
         assert ask("load", "mnist") == {"mnist": [10, 10, True]}
         hub.stop()
+        ask("disconnect")
         kind, message = ask("load", "flowers")["flowers"]
         assert kind == "ConnectionError" and "can't reach the Hub for 'dpdl-benchmark/oxford_flowers102'" in message
+
+
+def test_the_whole_way_through_the_example(hub, tmp_path):
+    """Three data sets over HTTP, five images of each class: rates, order and published numbers are the benchmark's."""
+    for task in ("mnist", "eurosat", "dtd"):
+        serve(hub, tmp_path, task, 6)
+    arguments = ["--suite", "mtil", "--tasks", "mnist", "dtd", "eurosat", "--few_shot", "5", "--allow_size_mismatch"]
+    arguments += ["--model", "untrained", "--methods", "zero_shot", "moe_lora_merge", "--cpu", "--steps", "3"]
+    arguments += ["--batch_size", "8", "--num_experts", "4", "--r", "4", "--merge_every", "2"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), *arguments, "--output_dir", str(tmp_path / "run")],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [request.path for request in hub.asked("^GET .*parquet")]
+    assert len(files) == len(set(files)) > 0, "nothing is loaded twice"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["tasks"] == ["mnist", "dtd", "eurosat"] and results["settings"]["lr"] == [1e-4, 5e-3, 1e-3]
+    for run in (results["methods"]["zero_shot"][0], results["methods"]["moe_lora_merge"][0]):
+        assert np.array(run["matrix"]).shape == (3, 3)
+    assert "† arXiv 2405.11530" in done.stdout and "NOT comparable" in done.stdout
+    assert "few_shot 5 instead of None" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "98.5" in page and "few_shot 5 instead of None" in page
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_through_the_example(hub, tmp_path):
+    """All eleven, in order II."""
+    for task in HUB_SETS:
+        serve(hub, tmp_path, task)
+    arguments = ["--suite", "mtil", "--order", "II", "--allow_size_mismatch", "--model", "untrained", "--cpu"]
+    arguments += ["--methods", "moe_lora_merge", "--steps", "2", "--batch_size", "4", "--num_experts", "4", "--r", "4"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), *arguments, "--output_dir", str(tmp_path / "run")],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["tasks"] == list(ORDER_II)
+    assert results["settings"]["lr"] == [HUB_SETS[name].lr for name in ORDER_II]
+    assert np.array(results["methods"]["moe_lora_merge"][0]["matrix"]).shape == (11, 11)
