@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, concatenate_datasets, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -90,21 +99,10 @@ def load_splits(
     name: str, entry: HubSet, *, data_dir: str | Path | None = None, force_download: bool = False
 ) -> dict[str, Dataset]:
     """Load the splits that an entry uses, as they are; see `load_hub_task`."""
-    place = _place(entry, name, data_dir)
-    try:
-        if data_dir is None:
-            mode = "force_redownload" if force_download else None
-            found = load_dataset(entry.hub_id, entry.config, revision=entry.revision, download_mode=mode)
-        else:
-            if not (Path(data_dir) / name).is_dir():
-                raise FileNotFoundError(
-                    f"No folder {str(Path(data_dir) / name)!r}. Expected a copy of the repository there: "
-                    f"`hf download --repo-type dataset {entry.hub_id} --local-dir {Path(data_dir) / name}`."
-                )
-            found = load_dataset(str(Path(data_dir) / name))
-    except Exception as error:
-        raise _explained(error, name, entry, place) from error
-    assert isinstance(found, DatasetDict)
+    found, place = (
+        open_copy(name, entry, data_dir=data_dir, force_download=force_download),
+        _place(entry, name, data_dir),
+    )
     wanted = [split for split in f"{entry.train}+{entry.test}".split("+") if split]
     missing = [split for split in wanted if split not in found]
     if missing:
@@ -117,6 +115,31 @@ def load_splits(
                 f"{name!r}: no column {', '.join(map(repr, absent))} in split {split!r} of {place}; there are {columns}."
             )
     return {split: found[split] for split in wanted}
+
+
+def open_copy(
+    name: str,
+    entry: HubSet,
+    *,
+    data_dir: str | Path | None = None,
+    force_download: bool = False,
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
+    """Open all splits of a copy; `streaming` keeps nothing on disk. For the rest see `load_hub_task`."""
+    try:
+        if data_dir is None:
+            mode = "force_redownload" if force_download else None
+            options = {"revision": entry.revision, "download_mode": mode, "streaming": streaming}
+            return load_dataset(entry.hub_id, entry.config, **options)
+        folder = Path(data_dir) / name
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"No folder {str(folder)!r}. Expected a copy of the repository there: "
+                f"`hf download --repo-type dataset {entry.hub_id} --local-dir {folder}`."
+            )
+        return load_dataset(str(folder), streaming=streaming)
+    except Exception as error:
+        raise _explained(error, name, entry, _place(entry, name, data_dir)) from error
 
 
 def check_images(name: str, column: str, splits: dict[str, Dataset], *, few: bool = False) -> None:

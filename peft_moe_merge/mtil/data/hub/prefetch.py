@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections import Counter
 
-from datasets import ClassLabel, load_dataset
+from datasets import ClassLabel
+from PIL.Image import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from .load import check_images, load_hub_task, load_reference_images, load_splits
+from .load import check_images, load_hub_task, load_reference_images, load_splits, open_copy
 from .table import HUB_SETS, REFERENCE, REFERENCE_SET, class_names
 
 
@@ -41,7 +42,8 @@ def main() -> None:
         entry = HUB_SETS.get(name, REFERENCE_SET)
         try:
             if arguments.peek:
-                train, test, told = *_peek(name, arguments.peek), "peeked"
+                _peek(name, arguments)
+                train, test, told = "", "", "peeked"
             else:
                 train, test, told = *_fetch(name, arguments), "ready"
         except (OSError, ValueError) as error:
@@ -69,19 +71,16 @@ def _fetch(name: str, arguments: argparse.Namespace) -> tuple[str, str]:
     return f"{len(task.train):,}", f"{len(task.test):,}"
 
 
-def _peek(name: str, count: int) -> tuple[str, str]:
-    """Tell sizes, modes and labels of the first images of each split."""
+def _peek(name: str, arguments: argparse.Namespace) -> None:
+    """Tell columns, image sizes and modes, and labels of the first rows of each split, whatever they are called."""
     entry = HUB_SETS.get(name, REFERENCE_SET)
-    splits = load_dataset(entry.hub_id, entry.config, revision=entry.revision, streaming=True)
-    for split, stream in splits.items():
-        feature = (stream.features or {}).get(entry.label)
-        rows = list(stream.take(count))
-        images = Counter(f"{row[entry.image].mode} {row[entry.image].size}" for row in rows)
-        labels = [
-            feature.names[row[entry.label]] if isinstance(feature, ClassLabel) else row[entry.label] for row in rows
-        ]
-        tqdm.write(f"{name} {split}: columns {list(rows[0])}; {dict(images)}; {labels}")
-    return "", ""
+    for split, stream in open_copy(name, entry, data_dir=arguments.data_dir, streaming=True).items():
+        rows = list(stream.take(arguments.peek))
+        images = Counter(f"{v.mode} {v.size}" for row in rows for v in row.values() if isinstance(v, Image))
+        feature, labels = (stream.features or {}).get(entry.label), [row.get(entry.label) for row in rows]
+        if isinstance(feature, ClassLabel):
+            labels = [feature.names[label] for label in labels]
+        tqdm.write(f"{name}, {split}: columns {list(stream.features or rows[0])}; images {dict(images)}; {labels}")
 
 
 if __name__ == "__main__":
