@@ -16,14 +16,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def distinct_experts(indices_GK: Tensor) -> tuple[list[int], Tensor]:
-    """List the experts that anyone takes, in ascending order, and where in that list each choice stands.
+class Selection:
+    """Which experts a batch takes: known to the device at once, to the host when it asks.
 
-    Returns:
-        experts (U of them) and positions_GK (int64) with `experts[positions_GK[g, k]] == indices_GK[g, k]`.
+    The host has to know, since every expert is a set of parameters of its own. The copy to it starts here, and nobody
+    waits for it before `experts` is called: what is launched in between keeps a GPU busy meanwhile.
+
+    Args:
+        indices_GK: the experts that each decision takes.
+        num_experts: E.
+
+    Attributes:
+        positions_GK: where in the list `experts()` they stand: `experts()[positions_GK[g, k]] == indices_GK[g, k]`.
     """
-    experts = sorted({expert for row in indices_GK.tolist() for expert in row})
-    return experts, torch.searchsorted(torch.tensor(experts, device=indices_GK.device), indices_GK)
+
+    def __init__(self, indices_GK: Tensor, num_experts: int):
+        taken_E = torch.zeros(num_experts, dtype=torch.bool, device=indices_GK.device)
+        taken_E = taken_E.scatter_(0, indices_GK.flatten(), True)
+        # counted on the device: to look them up in the list would need the list there, and so a wait for the host
+        self.positions_GK = (taken_E.cumsum(0) - 1)[indices_GK]
+        self._taken_E = taken_E.to("cpu", non_blocking=taken_E.is_cuda)
+        self._arrived = None
+        if taken_E.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(taken_E.device))
+
+    def experts(self) -> list[int]:
+        """List the U distinct experts in ascending order."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [expert for expert, taken in enumerate(self._taken_E.tolist()) if taken]
 
 
 def stack(parameters: Sequence[Tensor], experts: list[int]) -> Tensor:
@@ -57,19 +79,25 @@ def mixture(
         y_BLO.
     """
     G, K = positions_GK.shape
-    R, D, O = *down_URD.shape[1:], up_URO.shape[-1]  # noqa: E741
+    U, R, D = down_URD.shape
+    O = up_URO.shape[-1]  # noqa: E741
     weights_GK = gates_GK.to(x_BLD.dtype) * scaling
 
-    down_GHD = down_URD[positions_GK].reshape(G, K * R, D)
-    bias_GH = down_bias_UR[positions_GK].reshape(G, K * R)
-    up_GHO = up_URO[positions_GK].reshape(G, K * R, O)
-    out_bias_GO = (weights_GK.unsqueeze(-1) * up_bias_UO[positions_GK]).sum(dim=1)
-    weights_GH = weights_GK.repeat_interleave(R, dim=1)
+    if G == 1:
+        # The stacked experts are those of the one decision, in another order: reorder the weights, not the experts.
+        weights_U = torch.zeros_like(weights_GK[0]).index_copy(0, positions_GK[0], weights_GK[0])
+        hidden_BLH = F.relu(F.linear(x_BLD, down_URD.reshape(U * R, D), down_bias_UR.reshape(U * R)))
+        hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_U.repeat_interleave(R)
+        return hidden_BLH @ up_URO.reshape(U * R, O) + weights_U @ up_bias_UO
 
-    if G == 1 and x_BLD.shape[0] != 1:
-        hidden_BLH = F.relu(F.linear(x_BLD, down_GHD[0], bias_GH[0]))
-        hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_GH
-        return hidden_BLH @ up_GHO[0] + out_bias_GO
+    # `index_select`, whose gradient is summed row by row; that of indexing is summed number by number
+    positions = positions_GK.flatten()
+    down_GHD = down_URD.index_select(0, positions).reshape(G, K * R, D)
+    bias_GH = down_bias_UR.index_select(0, positions).reshape(G, K * R)
+    up_GHO = up_URO.index_select(0, positions).reshape(G, K * R, O)
+    out_bias_GKO = up_bias_UO.index_select(0, positions).reshape(G, K, O)
+    out_bias_GO = (weights_GK.unsqueeze(-1) * out_bias_GKO).sum(dim=1)
+    weights_GH = weights_GK.repeat_interleave(R, dim=1)
 
     hidden_BLH = F.relu(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))
     hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_GH.unsqueeze(1)

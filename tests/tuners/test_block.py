@@ -132,7 +132,7 @@ def test_experts_nobody_selects_are_not_computed(monkeypatch):
     model.eval()
     with torch.no_grad():  # poison: a NaN weight times a zero gate would still show
         indices, _ = model.base_model.model.vision_model.encoder.layers[0].mlp.moe_lora_routers["default"](
-            torch.zeros(1, 32, dtype=torch.float64), 0, 2
+            torch.zeros(1, 32, dtype=torch.float64), [0], 2
         )
     assert usage.sum() == 2 * 4 and indices.shape == (1, 2)
     chosen = set()
