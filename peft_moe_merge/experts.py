@@ -1,7 +1,8 @@
 """What the chosen experts make of a sample: the hot path. Pure functions on tensors.
 
 Shapes: B samples, L tokens, D input width, O output width, R bottleneck rank, K experts a sample takes, U distinct
-experts taken by anyone in the batch, G routing decisions: G = B, or G = 1 where all samples decided alike.
+experts taken by anyone in the batch, G routing decisions: G = B, or G = 1 where all samples decided alike. Where tokens
+decide for themselves, B of them, L = 1, and S = B K pairs of a token and one of its experts.
 
 An expert is `relu(x A + a)`, dropout, then `B` and `b`: a low-rank adapter with a nonlinearity. Its tensors are
 stored unit by unit, `down_RD` and `up_RO`, so that the K experts of a sample lie one below the other and act as one
@@ -102,3 +103,47 @@ def mixture(
     hidden_BLH = F.relu(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))
     hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_GH.unsqueeze(1)
     return torch.baddbmm(out_bias_GO.unsqueeze(1), hidden_BLH, up_GHO)
+
+
+def token_mixture(
+    x_BLD: Tensor,
+    gates_BK: Tensor,
+    positions_BK: Tensor,
+    down_URD: Tensor,
+    down_bias_UR: Tensor,
+    up_URO: Tensor,
+    up_bias_UO: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute what `mixture` does where every token is a sample of its own, L = 1.
+
+    To give each of many tokens its own copy of its experts would be absurd. Instead the tokens are sorted by expert, each
+    expert works through its tokens in one product, and the results go back to where the tokens were.
+    """
+    B, K = positions_BK.shape
+    position_S, order_S = positions_BK.flatten().sort(stable=True)
+    token_S = order_S // K
+    ends_U = torch.searchsorted(position_S, torch.arange(len(down_URD), device=position_S.device), right=True)
+    weights_S = (gates_BK.to(x_BLD.dtype) * scaling).flatten()[order_S]
+
+    x_SD = x_BLD.squeeze(1).index_select(0, token_S)
+    hidden_SR = F.relu(grouped_product(x_SD, down_URD, ends_U) + down_bias_UR.index_select(0, position_S))
+    hidden_SR = F.dropout(hidden_SR, dropout)
+    y_SO = grouped_product(hidden_SR, up_URO.transpose(1, 2), ends_U) + up_bias_UO.index_select(0, position_S)
+    y_SO = y_SO * weights_S.unsqueeze(1)
+    return y_SO.new_zeros(B, y_SO.shape[-1]).index_add(0, token_S, y_SO).unsqueeze(1)
+
+
+def grouped_product(x_SD: Tensor, weight_UOD: Tensor, ends_U: Tensor) -> Tensor:
+    """Multiply each of U groups of rows by its own weights: rows up to `ends_U[0]` by the first, and so on."""
+    if torch.is_autocast_enabled(x_SD.device.type):
+        dtype = torch.get_autocast_dtype(x_SD.device.type)
+        x_SD, weight_UOD = x_SD.to(dtype), weight_UOD.to(dtype)
+    kernel = getattr(F, "grouped_mm", None)  # torch 2.10 and later, for rows that fill multiples of 16 bytes
+    aligned = all(width * x_SD.element_size() % 16 == 0 for width in weight_UOD.shape[1:])
+    if kernel is not None and aligned and x_SD.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return kernel(x_SD, weight_UOD.transpose(1, 2), offs=ends_U.to(torch.int32))
+    groups = zip(x_SD.tensor_split(ends_U[:-1].tolist()), weight_UOD.unbind(), strict=True)
+    return torch.cat([F.linear(rows, weight_OD) for rows, weight_OD in groups])

@@ -45,18 +45,18 @@ def adapted(model, **kwargs):
     return model
 
 
-def check_gradients(layer, routers, experts, trained_task=None):
+def check_gradients(layer, routers, experts, trained_task=None, tolerance=TOLERANCE):
     bank = layer.moe_lora_experts["default"]
     for e, tensors in enumerate(experts):
         for name, expected in zip(("down_weight", "down_bias", "up_weight", "up_bias"), tensors, strict=True):
             actual = getattr(bank, name)[e].grad
             assert (actual is None) == (expected.grad is None), f"expert {e}: a gradient exactly where it was selected"
             if actual is not None:
-                torch.testing.assert_close(actual, expected.grad, **TOLERANCE)
+                torch.testing.assert_close(actual, expected.grad, **tolerance)
     for task, expected in enumerate(routers):
         actual = layer.moe_lora_routers["default"].weight[task].grad
         if task == trained_task:
-            torch.testing.assert_close(actual, expected.grad, **TOLERANCE)
+            torch.testing.assert_close(actual, expected.grad, **tolerance)
         else:
             assert actual is None, "only the current task's router trains"
 
@@ -107,6 +107,41 @@ def test_linear(shape):
     actual.square().sum().backward()
     torch.testing.assert_close(x.grad, expected_grad, **TOLERANCE)
     check_gradients(layer, routers, experts, trained_task=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the grouped product is the library's or ours
+@pytest.mark.parametrize("ids", [None, [1, -1, 0, 1, 2]])
+@pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8), (5, 2, 3, 8)])
+def test_linear_routed_by_token(shape, ids, dtype):
+    torch.manual_seed(0)
+    model = adapted(
+        nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)), target_modules=["0"], routing="token"
+    ).to(dtype)
+    model.set_task("b")
+    layer = model.base_model.model[0]
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = layer.base_layer(x)
+    routers, experts = reference_parameters(layer)
+    tokens = x.reshape(-1, 1, 8)  # to the reference, every token is a sample
+    token_ids = torch.tensor(ids or [1] * 5).repeat_interleave(len(tokens) // 5).tolist()
+    y = y + reference_mixture(tokens, token_ids, routers, experts, 2, 3.0 / 4).reshape(y.shape)
+    expected = model.base_model.model[2](F.relu(y))
+    actual = model(x) if ids is None else model(x, task_ids=torch.tensor(ids))
+    tolerance = TOLERANCE if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    expected.square().sum().backward()
+    expected_grad, x.grad = x.grad, None
+    actual.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected_grad, **tolerance)
+    check_gradients(layer, routers, experts, trained_task=1, tolerance=tolerance)
+    model.train()
+    model(x)
+    assert model.expert_usage()["0"].sum() == 2 * len(tokens), "every token counts"
+
+
+def test_mlp_blocks_are_not_routed_by_token(clip):
+    with pytest.raises(ValueError, match="routing='token' is for `nn.Linear` targets"):
+        get_peft_model(clip, MoELoraMergeConfig(routing="token"))
 
 
 def test_one_token_0_decides_for_all_tokens():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_moe_merge.experts import Selection, mixture, stack
+from peft_moe_merge.experts import Selection, mixture, stack, token_mixture
 from peft_moe_merge.merging import Expert
 from peft_moe_merge.routing import router_logits, selection_counts, top_k_gates
 from peft_moe_merge.routing_losses import displacement
@@ -47,6 +47,7 @@ class ExpertBank(nn.Module):
             self.add_module(name, experts)
         self.register_buffer("frozen", torch.zeros(config.num_experts, dtype=torch.bool))
         self.landmark: list[Expert] | None = None
+        self.mixture = token_mixture if config.routing == "token" else mixture
 
     def reset_parameters(self, init_weights: bool) -> None:
         for down, down_bias, up, up_bias in zip(*(getattr(self, name) for name in EXPERT_TENSORS), strict=True):
@@ -80,7 +81,7 @@ class ExpertBank(nn.Module):
     def forward(self, x_BLD: Tensor, selection: Selection, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
         experts = selection.experts()
         stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
-        return mixture(x_BLD, gates_GK, selection.positions_GK, *stacked, scaling=scaling, dropout=dropout)
+        return self.mixture(x_BLD, gates_GK, selection.positions_GK, *stacked, scaling=scaling, dropout=dropout)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,14 +203,16 @@ class RouterBank(nn.Module):
 
 
 class Choice(NamedTuple):
-    """What was decided for one batch in one block: whose rows take which experts, with what weights.
+    """What was decided for one batch in one block: which rows take which experts, with what weights.
 
     Attributes:
+        x_BLD: what the experts read; where tokens decide for themselves, each token is a row, L = 1.
         rows_N: the rows that take experts; None for all.
         gates_GK: the weights.
         selection: the experts.
     """
 
+    x_BLD: Tensor
     rows_N: Tensor | None
     gates_GK: Tensor
     selection: Selection
@@ -237,7 +240,13 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moe_lora_experts", "moe_lora_routers")
-    other_param_names = ("moe_lora_scaling", "moe_lora_dropout", "moe_lora_top_k", "moe_lora_trainable")
+    other_param_names = (
+        "moe_lora_scaling",
+        "moe_lora_dropout",
+        "moe_lora_top_k",
+        "moe_lora_trainable",
+        "moe_lora_routing",
+    )
 
     def __init__(self, base_layer: nn.Module, tasks: TaskState, reads_prompts: bool = False):
         super().__init__()
@@ -251,6 +260,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_dropout: dict[str, float] = {}
         self.moe_lora_top_k: dict[str, int] = {}
         self.moe_lora_trainable: dict[str, bool] = {}
+        self.moe_lora_routing: dict[str, str] = {}
         self.register_load_state_dict_post_hook(_freeze_as_loaded)
 
     @staticmethod
@@ -270,6 +280,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_dropout[adapter_name] = config.lora_dropout
         self.moe_lora_top_k[adapter_name] = config.top_k
         self.moe_lora_trainable[adapter_name] = False
+        self.moe_lora_routing[adapter_name] = config.routing
         if not any(parameter.is_meta for parameter in self.moe_lora_experts[adapter_name].parameters()):
             self.moe_lora_experts[adapter_name].reset_parameters(config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -329,15 +340,15 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         # The routers decide first: while the device works on the base layer, the decision reaches the host.
-        decided = []
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.moe_lora_experts:
-                read = self.expert_input(adapter_name, x)
-                decided.append((adapter_name, read, self._decide(adapter_name, read)))
+        choices = [
+            (adapter_name, self._decide(adapter_name, self.expert_input(adapter_name, x)))
+            for adapter_name in self.active_adapters
+            if adapter_name in self.moe_lora_experts
+        ]
         result = self.base_layer(x, *args, **kwargs)
-        for adapter_name, read, choice in decided:
+        for adapter_name, choice in choices:
             if choice is not None:
-                result = self._add_experts(adapter_name, read, choice, result)
+                result = self._add_experts(adapter_name, choice, result)
         return result
 
     def _decide(self, adapter_name: str, x: Tensor) -> Choice | None:
@@ -348,34 +359,34 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
         if not in_backward():
             routers.decisions = []
-        num_experts = experts.frozen.numel()
-        start_ND = x.reshape(x.shape[0], -1, x.shape[-1])[:, 0]
-        if routed.rows_N is not None:
-            start_ND = start_ND[routed.rows_N]
-        samples, position_G = start_ND.shape[0], routed.position_N
+        x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         alike = self.reads_prompts and self.tasks.prompts_start_alike
+        if self.moe_lora_routing[adapter_name] == "token":
+            # every token is a sample of its own
+            routed, x_BLD, alike = routed.tokens(x_BLD.shape[1]), x_BLD.reshape(-1, 1, x.shape[-1]), False
+        start_GD = x_BLD[:, 0] if routed.rows_N is None else x_BLD[routed.rows_N, 0]
+        samples, position_G = start_GD.shape[0], routed.position_N
         if alike:
             # Token 0 of a prompt sees itself alone, so it is the same vector in all of them: one decision, and in
             # training one draw of noise, is every prompt's with the same task.
             one_of_each = slice(1) if position_G is None else routed.one_of_each()
-            start_ND = start_ND[one_of_each]
+            start_GD = start_GD[one_of_each]
             position_G = None if position_G is None else position_G[one_of_each]
-        indices_GK, gates_GK = routers(start_ND, routed.tasks, self.moe_lora_top_k[adapter_name], position_G)
+        indices_GK, gates_GK = routers(start_GD, routed.tasks, self.moe_lora_top_k[adapter_name], position_G)
         if alike and position_G is not None:
             indices_GK, gates_GK = indices_GK[routed.position_N], gates_GK[routed.position_N]
+        T, E = len(routed.tasks), experts.frozen.numel()
         if self.training and not in_backward():
-            T = len(routed.tasks)
             # the experts of the second task are counted behind those of the first, and so on
-            offset_G1 = 0 if routed.position_N is None else routed.position_N.unsqueeze(1) * num_experts
-            counts_TE = selection_counts(indices_GK + offset_G1, T * num_experts).reshape(T, num_experts)
+            offset_G1 = 0 if routed.position_N is None else routed.position_N.unsqueeze(1) * E
+            counts_TE = selection_counts(indices_GK + offset_G1, T * E).reshape(T, E)
             routers.count(routed.tasks, counts_TE * (samples // indices_GK.shape[0]))
-        return Choice(routed.rows_N, gates_GK, Selection(indices_GK, num_experts))
+        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, E))
 
-    def _add_experts(self, adapter_name: str, x: Tensor, choice: Choice, result: Tensor) -> Tensor:
+    def _add_experts(self, adapter_name: str, choice: Choice, result: Tensor) -> Tensor:
         experts, rows_N = self.moe_lora_experts[adapter_name], choice.rows_N
-        x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         y_NLO = experts(
-            self._cast_input_dtype(x_BLD if rows_N is None else x_BLD[rows_N], experts.dtype),
+            self._cast_input_dtype(choice.x_BLD if rows_N is None else choice.x_BLD[rows_N], experts.dtype),
             choice.selection,
             choice.gates_GK,
             self.moe_lora_scaling[adapter_name],
@@ -384,7 +395,8 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         if rows_N is None:
             return result + y_NLO.reshape(result.shape)
         # rows of plain samples are not even added zero to, so they stay what they were bit for bit
-        return result.index_add(0, rows_N, y_NLO.reshape(-1, *result.shape[1:]))
+        result_BLO = result.reshape(*choice.x_BLD.shape[:2], -1)
+        return result_BLO.index_add(0, rows_N, y_NLO).reshape(result.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NOT_MERGEABLE)
@@ -436,6 +448,11 @@ class MLP(MoELoraMergeLayer):
         return base_layer.fc1.in_features, base_layer.fc2.out_features
 
     def update_layer(self, adapter_name: str, config: MoELoraMergeConfig) -> None:
+        if config.routing == "token":
+            raise ValueError(
+                "routing='token' is for `nn.Linear` targets; this is an MLP block, whose samples decide by their token 0. "
+                "Name linear layers in `target_modules`, such as ['fc1', 'fc2'], or use routing='sample'."
+            )
         if config.expert_input == "residual" and self._norm_hook is None:
             raise ValueError(
                 "expert_input='residual' needs the residual stream, but the block around this MLP has no "

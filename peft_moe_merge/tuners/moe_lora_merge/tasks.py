@@ -36,6 +36,15 @@ class Routed:
         tasks_T1 = torch.arange(len(self.tasks), device=self.position_N.device).unsqueeze(1)
         return (self.position_N == tasks_T1).int().argmax(dim=1)
 
+    def tokens(self, length: int) -> Routed:
+        """The same for a batch in which each row is one of `length` tokens of a row here."""
+        rows_N, position_N = self.rows_N, self.position_N
+        if rows_N is not None:
+            rows_N = (rows_N.unsqueeze(1) * length + torch.arange(length, device=rows_N.device)).flatten()
+        if position_N is not None:
+            position_N = position_N.repeat_interleave(length)
+        return Routed(self.tasks, rows_N, position_N)
+
 
 @dataclass(frozen=True)
 class TaskIds:
