@@ -20,21 +20,29 @@ from torch import Tensor
 class Selection:
     """Which experts a batch takes: known to the device at once, to the host when it asks.
 
-    The host has to know, since every expert is a set of parameters of its own. The copy to it starts here, and nobody
-    waits for it before `experts` is called: what is launched in between keeps a GPU busy meanwhile.
+    The host has to know, since every expert is a set of parameters of its own, and only those of selected experts may get
+    a gradient. The copy to it starts here, and nobody waits for it before `stack` is called: what is launched in between
+    keeps a GPU busy meanwhile.
 
     Args:
         indices_GK: the experts that each decision takes.
         num_experts: E.
 
     Attributes:
-        positions_GK: where in the list `experts()` they stand: `experts()[positions_GK[g, k]] == indices_GK[g, k]`.
+        positions_GK: where among the stacked experts they stand.
     """
 
     def __init__(self, indices_GK: Tensor, num_experts: int):
+        self.indices_GK = indices_GK
+        if torch.compiler.is_exporting():  # the graph has to hold all experts
+            self.positions_GK = indices_GK
+            return
+        if in_graph_without_gradients():  # an expert is stacked anew for everyone who takes it
+            self.positions_GK = torch.arange(indices_GK.numel(), device=indices_GK.device).reshape(indices_GK.shape)
+            return
         taken_E = torch.zeros(num_experts, dtype=torch.bool, device=indices_GK.device)
         taken_E = taken_E.scatter_(0, indices_GK.flatten(), True)
-        # counted on the device: to look them up in the list would need the list there, and so a wait for the host
+        # counted on the device: to look them up in a list would need the list there, and so a wait for the host
         self.positions_GK = (taken_E.cumsum(0) - 1)[indices_GK]
         self._taken_E = taken_E.to("cpu", non_blocking=taken_E.is_cuda)
         self._arrived = None
@@ -42,16 +50,36 @@ class Selection:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(taken_E.device))
 
-    def experts(self) -> list[int]:
-        """List the U distinct experts in ascending order."""
+    def stack(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From each bank, one tensor per expert, stack those of the U distinct experts. Only these get a gradient."""
+        if torch.compiler.is_exporting():
+            return tuple(torch.stack(list(bank)) for bank in banks)
+        if in_graph_without_gradients():
+            return tuple(stack_chosen(list(bank), self.indices_GK) for bank in banks)
+        return self._stack_distinct(*banks)
+
+    @torch.compiler.disable  # a graph made for the experts of one batch would have to be made anew for the next
+    def _stack_distinct(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [expert for expert, taken in enumerate(self._taken_E.tolist()) if taken]
+        experts = [expert for expert, taken in enumerate(self._taken_E.tolist()) if taken]
+        return tuple(torch.stack([bank[expert] for expert in experts]) for bank in banks)
 
 
-def stack(parameters: Sequence[Tensor], experts: list[int]) -> Tensor:
-    """Stack one tensor of each listed expert, expert first. Only these experts get a gradient."""
-    return torch.stack([parameters[expert] for expert in experts])
+def in_graph_without_gradients() -> bool:
+    """Tell whether `torch.compile` traces an inference pass; it can't look into tensors, but into no parameter it must."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+@torch.library.custom_op("peft_moe_merge::stack_chosen", mutates_args=())
+def stack_chosen(parameters: Sequence[Tensor], indices_GK: Tensor) -> Tensor:
+    """Stack one tensor of each chosen expert. To a compiler this is one opaque operation, of a known shape."""
+    return torch.stack([parameters[expert] for expert in indices_GK.flatten().tolist()])
+
+
+@stack_chosen.register_fake
+def _(parameters: Sequence[Tensor], indices_GK: Tensor) -> Tensor:
+    return parameters[0].new_empty(indices_GK.numel(), *parameters[0].shape)
 
 
 def mixture(
@@ -86,7 +114,7 @@ def mixture(
 
     if G == 1:
         # The stacked experts are those of the one decision, in another order: reorder the weights, not the experts.
-        weights_U = torch.zeros_like(weights_GK[0]).index_copy(0, positions_GK[0], weights_GK[0])
+        weights_U = weights_GK.new_zeros(U).index_copy(0, positions_GK[0], weights_GK[0])
         hidden_BLH = F.relu(F.linear(x_BLD, down_URD.reshape(U * R, D), down_bias_UR.reshape(U * R)))
         hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_U.repeat_interleave(R)
         return hidden_BLH @ up_URO.reshape(U * R, O) + weights_U @ up_bias_UO

@@ -186,6 +186,30 @@ def test_experts_nobody_selects_are_not_computed(monkeypatch):
     assert torch.equal(model(**inputs).logits_per_image, before)
 
 
+def test_inference_compiles_without_graph_breaks():
+    """Whatever is selected: the graph of one batch serves the next, for one task and for several."""
+    model = adapted(tiny_clip())
+    block = model.base_model.model.vision_model.encoder.layers[0]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for ids in (None, [1, 0, 2, 1], [1, -1, 0, 1]):
+        for seed in (0, 1):
+            x = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad(), model.base_model._routed(None if ids is None else torch.tensor(ids)):
+                torch.testing.assert_close(compiled(x, None), block(x, None), **TOLERANCE)
+
+
+def test_routers_decide_while_the_base_layer_is_still_to_run():
+    """So that, on a GPU, nobody waits for the decision."""
+    model = adapted(tiny_clip())
+    mlp = model.base_model.model.vision_model.encoder.layers[0].mlp
+    order = []
+    for name, module in (("router", mlp.moe_lora_routers["default"]), ("base layer", mlp.base_layer)):
+        module.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+    mlp.moe_lora_experts["default"].register_forward_pre_hook(lambda module, args: order.append("experts"))
+    model.get_image_features(tiny_batch()["pixel_values"].double())
+    assert order == ["router", "base layer", "experts"]
+
+
 def test_dropout_falls_on_hidden_units():
     """With dropout p, hidden units are 0 or scaled by 1/(1-p): an expert with one hidden unit shows both."""
     torch.manual_seed(0)

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_moe_merge.experts import Selection, mixture, stack, token_mixture
+from peft_moe_merge.experts import Selection, mixture, token_mixture
 from peft_moe_merge.merging import Expert
 from peft_moe_merge.routing import router_logits, selection_counts, top_k_gates
 from peft_moe_merge.routing_losses import displacement
 
 from .config import MoELoraMergeConfig
-from .tasks import TaskState
+from .tasks import Routed, TaskState
 
 EXPERT_TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
@@ -79,8 +79,7 @@ class ExpertBank(nn.Module):
         return moved_E
 
     def forward(self, x_BLD: Tensor, selection: Selection, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
-        experts = selection.experts()
-        stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
+        stacked = selection.stack(*(getattr(self, name) for name in EXPERT_TENSORS))
         return self.mixture(x_BLD, gates_GK, selection.positions_GK, *stacked, scaling=scaling, dropout=dropout)
 
     @property
@@ -357,7 +356,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         if routed is None or x.shape[0] == 0:
             return None
         experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
-        if not in_backward():
+        if routers.decisions and not in_backward():
             routers.decisions = []
         x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         alike = self.reads_prompts and self.tasks.prompts_start_alike
@@ -375,13 +374,19 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         indices_GK, gates_GK = routers(start_GD, routed.tasks, self.moe_lora_top_k[adapter_name], position_G)
         if alike and position_G is not None:
             indices_GK, gates_GK = indices_GK[routed.position_N], gates_GK[routed.position_N]
-        T, E = len(routed.tasks), experts.frozen.numel()
-        if self.training and not in_backward():
-            # the experts of the second task are counted behind those of the first, and so on
-            offset_G1 = 0 if routed.position_N is None else routed.position_N.unsqueeze(1) * E
-            counts_TE = selection_counts(indices_GK + offset_G1, T * E).reshape(T, E)
-            routers.count(routed.tasks, counts_TE * (samples // indices_GK.shape[0]))
-        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, E))
+        if self.training:
+            self._count(routers, routed, indices_GK, samples // indices_GK.shape[0])
+        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, experts.frozen.numel()))
+
+    @torch.compiler.disable  # which can't know of the backward pass
+    def _count(self, routers: RouterBank, routed: Routed, indices_GK: Tensor, times: int) -> None:
+        if in_backward():
+            return
+        T, E = len(routed.tasks), routers.shape[1]
+        # the experts of the second task are counted behind those of the first, and so on
+        offset_G1 = 0 if routed.position_N is None else routed.position_N.unsqueeze(1) * E
+        counts_TE = selection_counts(indices_GK + offset_G1, T * E).reshape(T, E)
+        routers.count(routed.tasks, counts_TE * times)
 
     def _add_experts(self, adapter_name: str, choice: Choice, result: Tensor) -> Tensor:
         experts, rows_N = self.moe_lora_experts[adapter_name], choice.rows_N
