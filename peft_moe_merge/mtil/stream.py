@@ -48,8 +48,10 @@ class StreamSettings:
         """Take the tasks' own learning rates where none is given."""
         return self if self.lr else replace(self, lr=[task.lr for task in tasks])
 
-    def lr_of(self, position: int) -> float:
+    def lr_of(self, position: int, task: Task) -> float:
         """Return the peak learning rate of the task at this position."""
+        if not self.lr:
+            return task.lr
         return self.lr[position] if len(self.lr) > 1 else self.lr[0]
 
 
@@ -100,6 +102,9 @@ def run_stream(
         progress, weights = done
         method.load(weights)
 
+    def log(step: int, **values: float) -> None:
+        accelerator.log({f"{method.name}/seed_{seed}/{name}": value for name, value in values.items()}, step=step)
+
     for position, task in enumerate(tasks[:stop_after]):
         if position < len(progress.matrix):
             continue
@@ -107,14 +112,14 @@ def run_stream(
         task_seed = seed + 1_000_003 * (position + 1)
         set_seed(task_seed)
         if method.trains:
-            _train_task(method, task, settings, settings.lr_of(position), task_seed, progress, accelerator)
+            train_task(method, task, settings, position, task_seed, progress, accelerator, log)
         row = [accuracy(method, other, settings, accelerator) for other in tasks]
         progress.matrix.append(row)
         progress.seconds += time.perf_counter() - began
-        if accelerator.trackers:
-            accelerator.log(
-                {f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)}, step=position
-            )
+        log(
+            (position + 1) * settings.steps,
+            **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
+        )
         if accelerator.is_main_process:
             checkpoint.save(output_dir, progress, method.save)
         accelerator.wait_for_everyone()
@@ -133,19 +138,33 @@ def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator
         )
 
 
-def _train_task(
+def train_task(
     method: Method,
     task: Task,
     settings: StreamSettings,
-    lr: float,
+    position: int,
     seed: int,
     progress: Progress,
     accelerator: Accelerator,
+    log: Callable[..., None] = lambda step, **values: None,
 ) -> None:
+    """Let a method learn one task, and note in `progress` how that went.
+
+    Args:
+        method: the learner.
+        task: what it learns.
+        settings: how it trains.
+        position: of the task in its stream, by which it gets its learning rate.
+        seed: of the order of the images.
+        progress: gets the losses, and what the method tells.
+        accelerator: device, precision, processes.
+        log: takes an optimizer step of the stream and named values.
+    """
     method.begin_task(task)
     parameters = method.trainable_parameters()
     progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-    optimizer = torch.optim.AdamW(parameters, lr=method.learning_rate(lr), weight_decay=settings.weight_decay)
+    lr = method.learning_rate(settings.lr_of(position, task))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     batches = train_batches(
         task.train,
@@ -173,6 +192,7 @@ def _train_task(
         losses.append(loss.detach())
         if len(losses) % 10 == 0:
             bar.set_postfix(loss=f"{losses[-1].item():.3f}")
+            log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     method.end_task()
