@@ -28,8 +28,15 @@ from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 # what may differ between calls whose runs end up in one table
 FREE = (
-    *("methods", "seeds", "data_dir", "output_dir", "resume", "stop_after", "log_with"),
-    *("eval_batch_size", "num_workers"),
+    "methods",
+    "seeds",
+    "data_dir",
+    "output_dir",
+    "resume",
+    "stop_after",
+    "log_with",
+    "eval_batch_size",
+    "num_workers",
 )
 
 
