@@ -198,6 +198,10 @@ def unknown_label(folder):
     save(folder, "mnist", {"train": digits(labels=(3, 4, -1, 5)), "test": digits()})
 
 
+def no_label(folder):
+    save(folder, "mnist", {"train": digits(labels=(3, None, 4)), "test": digits()})
+
+
 def foreign_names(folder):
     save(folder, "mnist", {split: digits(feature=ClassLabel(names=list("abcdefghij"))) for split in ("train", "test")})
 
@@ -226,6 +230,7 @@ def corrupt_image(folder):
         (no_split, ValueError, r"'mnist': no split 'test' in '.*mnist'; there are \['train', 'validation'\]"),
         (bare_numbers, ValueError, "numbers without names.*label_names"),
         (unknown_label, ValueError, "'mnist', split 'train', row 2: label -1 is none of 10 classes"),
+        (no_label, ValueError, "'mnist', split 'train', row 1: label -1 is none of 10 classes"),
         (foreign_names, ValueError, r"(?s)10 of 10 classes have no label.*  0 +\| a\n"),
         (cut_short, ValueError, "'mnist': '.*mnist' can't be read.*--force_download"),
         (corrupt_image, ValueError, r"(?s)'mnist' has 1 images that can't be read.*mnist, split 'test', row 5: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -60,7 +61,8 @@ def load_hub_task(
 
     Raises:
         ConnectionError: no network, and nothing in the cache.
-        PermissionError: the repository wants its conditions accepted first.
+        PermissionError: the repository wants its conditions accepted first, or another user.
+        OSError: no space left on the disk.
         FileNotFoundError: no such repository, revision or folder.
         ValueError: files that can't be read, missing splits or columns, labels that fit no class, images that can't be
             read (a few are tried), other numbers of images.
@@ -99,10 +101,8 @@ def load_splits(
     name: str, entry: HubSet, *, data_dir: str | Path | None = None, force_download: bool = False
 ) -> dict[str, Dataset]:
     """Load the splits that an entry uses, as they are; see `load_hub_task`."""
-    found, place = (
-        open_copy(name, entry, data_dir=data_dir, force_download=force_download),
-        _place(entry, name, data_dir),
-    )
+    found = open_copy(name, entry, data_dir=data_dir, force_download=force_download)
+    place = _place(entry, name, data_dir)
     wanted = [split for split in f"{entry.train}+{entry.test}".split("+") if split]
     missing = [split for split in wanted if split not in found]
     if missing:
@@ -187,7 +187,7 @@ def match_class_names(name: str, found: Iterable[str], without: tuple[str, ...] 
         without: names that are left out.
 
     Returns:
-        Class numbers, in the order of `class_names(name)`, by the copy's names.
+        Class numbers, which are positions in `class_names(name)`, by the copy's names.
 
     Raises:
         ValueError: names without a class, or classes without a name; both side by side.
@@ -233,6 +233,8 @@ def _with_class_labels(name: str, entry: HubSet, split: str, dataset: Dataset) -
             f"{name!r}: the labels of split {split!r} are {feature}, numbers without names, and their order is not to "
             "be guessed. Write the names by number into the entry's `label_names`, from the data set's own documents."
         )
+    if numbers.dtype.kind == "f":  # some rows have none
+        numbers = np.where(np.isnan(numbers), -1, numbers).astype(np.int64)
     outside = (numbers < 0) | (numbers >= len(names))
     if outside.any():
         row = int(outside.argmax())
@@ -298,9 +300,14 @@ def _explained(error: Exception, name: str, entry: HubSet, place: str) -> Except
         )
     if isinstance(error, FileNotFoundError):
         return error
+    if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in chain) or "disk space" in str(error):
+        return OSError(
+            errno.ENOSPC,
+            f"{name!r}: no space left to keep {place}. Free some, or set HF_HOME to a larger disk, and try again",
+        )
     return ValueError(
-        f"{name!r}: {place} can't be read ({chain[-1]}). A file may have been damaged or cut short on its way: load it "
-        "anew by `force_download` (`--force_download` of the prefetch command)."
+        f"{name!r}: {place} can't be read: {chain[-1]}. If a file was damaged or cut short on its way, load it anew by "
+        "`force_download` (`--force_download` of the prefetch command)."
     )
 
 
