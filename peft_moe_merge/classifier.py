@@ -170,7 +170,7 @@ class ContinualClassifier:
         features_BP = F.normalize(features.float(), dim=-1)
         predictions: list[Prediction | None] = [None] * len(images)
         for task in ids_B.unique().tolist():
-            labels, texts_CP = self._class_texts(task)
+            labels, texts_CP = self.class_texts(task)
             rows = (ids_B == task).nonzero().squeeze(1)
             logits = clip.logit_scale.exp().float() * features_BP[rows] @ texts_CP.T
             for row, probabilities in zip(rows.tolist(), logits.softmax(dim=-1).tolist(), strict=True):
@@ -190,8 +190,14 @@ class ContinualClassifier:
         features_BP = self.model.get_image_features(pixel_values=pixels, task_ids=plain_B).pooler_output
         return self.selector.select(features_BP)[0]
 
-    def _class_texts(self, task: int) -> tuple[list[str], Tensor]:
-        """Encode the classes of a task by its routers: C x P, of unit length, the mean over its templates."""
+    @torch.no_grad()
+    def class_texts(self, task: str | int) -> tuple[list[str], Tensor]:
+        """Encode the classes of a task, by name or id, by its routers; those of -1 by CLIP without experts.
+
+        Returns:
+            The class names, and their features C x P of unit length, means over the templates.
+        """
+        (task,) = self._ids(task, 1)
         if task not in self._texts:
             if task != PLAIN:
                 classes = self.tasks[self._names[task]]

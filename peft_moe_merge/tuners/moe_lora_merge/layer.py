@@ -77,7 +77,12 @@ class ExpertBank(nn.Module):
         return moved_E
 
     def forward(self, x_BLD: Tensor, indices_GK: Tensor, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
-        experts, positions_GK = distinct_experts(indices_GK)
+        if (
+            torch.compiler.is_exporting()
+        ):  # the graph is made without knowing what will be chosen: it holds all experts
+            experts, positions_GK = list(range(len(self.frozen))), indices_GK
+        else:
+            experts, positions_GK = distinct_experts(indices_GK)
         stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
         return mixture(x_BLD, gates_GK, positions_GK, *stacked, scaling=scaling, dropout=dropout)
 
