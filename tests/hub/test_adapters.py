@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import randomize, tiny_batch, tiny_clip
 from hub.loopback import OTHER_TOKEN, OWNER_TOKEN, LoopbackHub
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.utils import close_session
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
@@ -245,3 +247,16 @@ def test_a_pickled_adapter_in_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a pickle file"):
         model.load_adapter(tmp_path, "other")
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_pickled_adapter_in_the_cache_is_refused(world, tmp_path, monkeypatch):
+    hub, _, _ = world
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    for file in ("adapter_config.json", "adapter_model.bin"):
+        hf_hub_download("owner/pickled", file, cache_dir=tmp_path, endpoint=hub.url)
+    asked = len(hub.requests)
+    with pytest.raises(ValueError, match="a pickle file"):
+        MoELoraMergeConfig.from_pretrained("owner/pickled", cache_dir=tmp_path, local_files_only=True)
+    assert len(hub.requests) == asked
+    close_session()
