@@ -48,6 +48,8 @@ def test_the_zero_shot_pipeline_runs_an_adapted_model(loaded: bool, processor: C
 
 def test_an_exported_task_gives_equal_logits_at_any_batch_size(processor: CLIPProcessor, tmp_path) -> None:
     model = adapted()
+    layers = model.get_base_model().vision_model.encoder.layers
+    del layers[1:]  # tracing takes its time, and one block has everything in it
     classifier = ContinualClassifier(model, processor, TASKS)
     images = pictures(7)
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]

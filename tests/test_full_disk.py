@@ -12,8 +12,6 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from peft_moe_merge import MoELoraMergeConfig
-from peft_moe_merge.mtil import checkpoint
-from peft_moe_merge.mtil.checkpoint import Progress
 
 
 @contextmanager
@@ -63,18 +61,3 @@ def test_the_config_that_was_there_stays(tmp_path: Path) -> None:
         MoELoraMergeConfig(tasks=["a", "b"]).save_pretrained(tmp_path)
     assert contents(tmp_path) == before
     assert MoELoraMergeConfig.from_pretrained(tmp_path).tasks == ["a"]
-
-
-def test_a_stream_keeps_its_last_checkpoint(tmp_path: Path) -> None:
-    model, progress = adapter(1), Progress(settings={"seed": 0})
-    progress.matrix.append([50.0])
-    checkpoint.save(tmp_path, progress, model.save_pretrained)
-    before = contents(tmp_path / "after_1")
-    progress.matrix.append([60.0])
-    with files_up_to(20_000), pytest.raises(SafetensorError, match="File too large"):
-        checkpoint.save(tmp_path, progress, model.save_pretrained)
-    assert contents(tmp_path / "after_1") == before
-    done, folder = checkpoint.load(tmp_path, {"seed": 0})
-    assert folder.name == "after_1" and done.matrix == [[50.0]]
-    checkpoint.save(tmp_path, progress, model.save_pretrained)  # there is room again
-    assert [path.name for path in tmp_path.iterdir()] == ["after_2"]
