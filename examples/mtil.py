@@ -24,6 +24,7 @@ from peft_moe_merge.mtil.report.card import METHOD
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
 from peft_moe_merge.mtil.results import empty_results, run_result, write_results
+from peft_moe_merge.mtil.selection import SelectorSettings
 from peft_moe_merge.mtil.settings import setting
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
@@ -65,8 +66,8 @@ def build_clip(run: RunSettings, tasks: list[Task]) -> tuple[CLIPModel, CLIPProc
 
 
 def main() -> None:
-    parser = HfArgumentParser((RunSettings, StreamSettings, MethodSettings), description=__doc__)
-    run, stream_settings, method_settings = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((RunSettings, StreamSettings, MethodSettings, SelectorSettings), description=__doc__)
+    run, stream_settings, method_settings, selector_settings = parser.parse_args_into_dataclasses()
     output_dir = Path(run.output_dir)
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
@@ -76,7 +77,7 @@ def main() -> None:
         # a step trains only the experts that were selected in it
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings)}
+    settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings), **asdict(selector_settings)}
     if run.push_to_hub and accelerator.is_main_process:
         run.push_to_hub = prepare_push(run.push_to_hub)
     if run.log_with:
@@ -102,6 +103,7 @@ def main() -> None:
                 seed=seed,
                 resume=run.resume,
                 stop_after=run.stop_after,
+                selection=selector_settings,
             )
             if len(progress.matrix) == len(tasks):
                 results["methods"].setdefault(name, []).append(run_result(seed, progress))

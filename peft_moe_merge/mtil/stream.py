@@ -18,6 +18,8 @@ from .checkpoint import Progress
 from .data.batches import eval_batches, train_batches
 from .data.task import Task
 from .methods import Method
+from .methods.moe_lora_merge import MoELoraMerge
+from .selection import SelectorSettings, StreamSelectors
 from .settings import setting
 
 
@@ -59,6 +61,7 @@ def run_stream(
     seed: int = 42,
     resume: bool = False,
     stop_after: int | None = None,
+    selection: SelectorSettings | None = None,
 ) -> Progress:
     """Let one method learn the tasks in order.
 
@@ -71,6 +74,7 @@ def run_stream(
         seed: of everything random.
         resume: go on where an earlier run in `output_dir` was interrupted; the result is the same.
         stop_after: leave after so many tasks, as if interrupted.
+        selection: selectors to fit and test on the way, with a method that has routers.
 
     Returns:
         The accuracies after each task and what else is to be told.
@@ -84,6 +88,10 @@ def run_stream(
     set_seed(seed)
     method = build_method()
     told = {"tasks": [task.name for task in tasks], "seed": seed, **asdict(settings), **asdict(method.settings)}
+    selectors = None
+    if selection is not None and selection.selectors and isinstance(method, MoELoraMerge):
+        selectors = StreamSelectors(selection)
+        told |= asdict(selection)
     progress = Progress(settings=told)
     if checkpoint.newest(output_dir) is not None and not resume:
         raise FileExistsError(
@@ -94,6 +102,8 @@ def run_stream(
     if done is not None:
         progress, weights = done
         method.load(weights)
+        if selectors is not None:
+            selectors.load(weights / checkpoint.SELECTORS)
 
     for position, task in enumerate(tasks[:stop_after]):
         if position < len(progress.matrix):
@@ -105,13 +115,23 @@ def run_stream(
             _train_task(method, task, settings, settings.lr_of(position), task_seed, progress, accelerator)
         row = [accuracy(method, other, settings, accelerator) for other in tasks]
         progress.matrix.append(row)
+        if selectors is not None:
+            train = eval_batches(
+                task.train,
+                method.processor.image_processor,
+                batch_size=settings.eval_batch_size,
+                num_workers=settings.num_workers,
+            )
+            selectors.fit(method, task, accelerator.prepare(train), accelerator)
+            progress.selection.append(selectors.evaluate(method, tasks, settings, accelerator))
+            progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
         progress.seconds += time.perf_counter() - began
         if accelerator.trackers:
             accelerator.log(
                 {f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)}, step=position
             )
         if accelerator.is_main_process:
-            checkpoint.save(output_dir, progress, method.save)
+            checkpoint.save(output_dir, progress, method.save, selectors.save if selectors else None)
         accelerator.wait_for_everyone()
     return progress
 

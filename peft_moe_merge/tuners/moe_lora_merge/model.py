@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,10 @@ from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTe
 from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
 from peft_moe_merge.routing import selection_counts
 from peft_moe_merge.routing_losses import balance_loss, locality_loss
+from peft_moe_merge.selection.base import Selector
+from peft_moe_merge.selection.features import FeatureSource
 
-from .config import MoELoraMergeConfig, check_new_task
+from .config import MoELoraMergeConfig, check_new_task, check_selector
 from .layer import (
     EXPERT_TENSORS,
     MLP,
@@ -46,7 +48,8 @@ class MoELoraMergeModel(BaseTuner):
     act on the active adapter. Blocks are named by the targeted module, e.g. `"vision_model.encoder.layers.0.mlp"`.
 
     Calling the model accepts one more argument, `task_ids` (LongTensor of shape B): the task of each sample, by its
-    index in `config.tasks`, or -1 for the model without experts. Without it, the current task (`set_task`) routes all.
+    index in `config.tasks`, or -1 for the model without experts. Without it, an attached selector chooses for each image
+    outside of training (`attach_selector`); without that too, the current task (`set_task`) routes all.
     In a `CLIPModel` whose images have different tasks, each image is scored against the prompts as its own task encodes
     them, and `text_embeds` is B x N x P.
     """
@@ -246,6 +249,61 @@ class MoELoraMergeModel(BaseTuner):
             routers.add_task()
         config.tasks = [*config.tasks, task]
         self._train_what_may_train()
+
+    # ---------------------------------------------------------------------------------------------- choosing the task
+
+    def attach_selector(self, selector: Selector | None) -> None:
+        """Let a selector choose each image's task from now on; None takes it away again.
+
+        It chooses outside of training, in calls with images and without `task_ids`. It comes before the current task:
+        `set_task` then matters for training and for text alone. The adapter is saved and loaded with its selector.
+
+        Raises:
+            ValueError: the selector and the adapter have different tasks.
+        """
+        config = self.peft_config[self._adapter]
+        if selector is not None:
+            check_selector(selector, config.tasks)
+        config.task_selector = selector
+        config.selector = None if selector is None else selector.kind
+
+    @property
+    def task_selector(self) -> Selector | None:
+        """The selector attached to the active adapter."""
+        selectors = [self.peft_config[name].task_selector for name in self.active_adapters]
+        return selectors[0] if len(selectors) == 1 else None
+
+    def select_tasks(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> tuple[Tensor, Tensor]:
+        """Choose a task for each image as a call of the model would.
+
+        Returns:
+            task_ids LongTensor[B], -1 for the model without experts, and scores FloatTensor[B, T].
+
+        Raises:
+            RuntimeError: no selector is attached.
+            ValueError: a task was added that the selector does not know yet.
+        """
+        selector = self.task_selector
+        if selector is None:
+            raise RuntimeError("No selector is attached to the active adapter: `model.attach_selector(selector)`.")
+        check_selector(selector, self.peft_config[self._adapter].tasks)
+        return selector.select(self.frozen_features(selector.source, pixel_values, interpolate_pos_encoding))
+
+    @torch.no_grad()
+    def frozen_features(
+        self, source: FeatureSource, pixel_values: Tensor, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
+        """Compute a selector's features B x F of images, by the model without experts."""
+        with self.tasks.during(ids=None, current=dict.fromkeys(self.tasks.current)):
+            return source(self.model, pixel_values, interpolate_pos_encoding)
+
+    def _chosen(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        if self.training or self.task_selector is None or not self._enabled():
+            return None
+        inputs = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+        pixels = inputs.get("pixel_values")
+        further = {**inputs, **inputs.get("kwargs", {})}
+        return None if pixels is None else self.select_tasks(pixels, further.get("interpolate_pos_encoding", False))[0]
 
     # -------------------------------------------------------------------------------- counting, merging, freezing
 
@@ -448,6 +506,7 @@ class MoELoraMergeModel(BaseTuner):
         baked_config = copy.deepcopy(config)
         baked_config.tasks, baked_config.current_task, baked_config.num_experts = [task], task, num_experts
         baked_config.inference_mode = True
+        baked_config.task_selector = baked_config.selector = None  # there is nothing left to choose
         baked = get_peft_model(copy.deepcopy(self).unload(), baked_config, autocast_adapter_dtype=False).eval()
         with torch.no_grad():
             for name, layer in baked.base_model._adapted().items():
@@ -470,6 +529,8 @@ class MoELoraMergeModel(BaseTuner):
 
     def get_image_features(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the base model's method of this name; `task_ids` as in a call of the model, one per image."""
+        if task_ids is None:
+            task_ids = self._chosen(self.model.get_image_features, args, kwargs)
         with self._routed(task_ids):
             return self.model.get_image_features(*args, **kwargs)
 
@@ -497,7 +558,10 @@ class MoELoraMergeModel(BaseTuner):
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        ids = self._check_task_ids(kwargs.pop("task_ids", None))
+        task_ids = kwargs.pop("task_ids", None)
+        if task_ids is None:
+            task_ids = self._chosen(model.forward, args, kwargs)
+        ids = self._check_task_ids(task_ids)
         self._checkpoint_with_tasks()
         self.tasks.ids, self.tasks.prompt_ids = ids, None
         if ids is None or not isinstance(model, CLIPModel):
