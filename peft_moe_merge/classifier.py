@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +65,6 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-class TaskSelector(Protocol):
-    """Tells which task an image is from."""
-
-    def select(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose by frozen image features (B x P): task ids, shape B, -1 for none of them; and a score per task."""
-
-
 class ContinualClassifier:
     """Classifies images of all tasks that an adapter has learnt.
 
@@ -89,8 +82,6 @@ class ContinualClassifier:
         tasks: the classes of every task of the adapter, by its name: their names, or [`TaskClasses`] with templates.
         open_classes: what an image of no known task may be; default: the classes of all tasks, each by the templates
             of the first task that has it.
-        selector: finds the task of images that come without one, from the features of the frozen CLIP. Default: the
-            one attached to the model, if any.
         batch_size: images per forward pass.
 
     Raises:
@@ -104,7 +95,6 @@ class ContinualClassifier:
         tasks: Mapping[str, TaskClasses | Sequence[str]],
         *,
         open_classes: TaskClasses | Sequence[str] | None = None,
-        selector: TaskSelector | None = None,
         batch_size: int = 64,
     ):
         names = list(model.peft_config[model.active_adapter].tasks)
@@ -116,7 +106,6 @@ class ContinualClassifier:
         self.processor = processor
         self.tasks = {name: _task_classes(tasks[name]) for name in names}
         self.open_classes = None if open_classes is None else _task_classes(open_classes)
-        self.selector = selector
         self.batch_size = batch_size
         self._names = names
         self._texts: dict[int, tuple[list[str], Tensor]] = {}
@@ -131,7 +120,7 @@ class ContinualClassifier:
         Args:
             images: one or several, as PIL images, paths or URLs.
             task: name or id of the images' task, one for all or one per image; -1 for CLIP without experts. None lets
-                the selector choose for each image.
+                the selector that is attached to the model choose for each image.
 
         Returns:
             A prediction, or as many as there are images.
@@ -181,14 +170,12 @@ class ContinualClassifier:
         return predictions
 
     def _select(self, pixels: Tensor) -> Tensor:
-        if self.selector is None:
+        if self.model.task_selector is None:
             raise ValueError(
                 f"Which task are these images from? Give `task=` (one of {self._names}, or -1 for CLIP without experts), "
-                "or a `selector`."
+                "or let a selector choose: `model.attach_selector(selector)`."
             )
-        plain_B = torch.full((len(pixels),), PLAIN, device=pixels.device)
-        features_BP = self.model.get_image_features(pixel_values=pixels, task_ids=plain_B).pooler_output
-        return self.selector.select(features_BP)[0]
+        return self.model.select_tasks(pixels)[0]
 
     @torch.no_grad()
     def class_texts(self, task: str | int) -> tuple[list[str], Tensor]:
@@ -243,7 +230,6 @@ class ContinualClassifier:
         *,
         clip: CLIPModel | None = None,
         processor: CLIPProcessor | None = None,
-        selector: TaskSelector | None = None,
         batch_size: int = 64,
         **download: Any,
     ) -> ContinualClassifier:
@@ -253,7 +239,6 @@ class ContinualClassifier:
             adapter: folder, or name on the Hub.
             clip: the CLIP that the adapter is for; default: the one that the adapter names.
             processor: default: the one beside the adapter.
-            selector: as in the constructor.
             batch_size: as in the constructor.
             download: `revision`, `token`, `cache_dir`, ... of the adapter; the CLIP gets `token` and `cache_dir`.
 
@@ -285,7 +270,6 @@ class ContinualClassifier:
             processor or CLIPProcessor.from_pretrained(adapter, **download),
             {name: TaskClasses(**task) for name, task in classes["tasks"].items()},
             open_classes=None if open_classes is None else TaskClasses(**open_classes),
-            selector=selector,
             batch_size=batch_size,
         )
 

@@ -12,6 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 from peft_moe_merge import ContinualClassifier, MoELoraMergeConfig, TaskClasses
 from peft_moe_merge.classifier import write_classes
 from peft_moe_merge.mtil.data.mini import mini_clip_path
+from peft_moe_merge.selection import GaussianSelector
 
 TASKS = {
     "pets": TaskClasses(("cat", "dog", "rabbit"), ("a photo of a {}.", "a drawing of the {}.")),
@@ -110,29 +111,31 @@ def test_texts_are_encoded_once(classifier, monkeypatch) -> None:
     assert sorted(calls) == [0, 1]
 
 
-class Brightness:
-    """Dark images are of task 0, bright ones of task 1, and the rest of none. Sees features; knows what they must be."""
+def test_an_attached_selector_chooses_for_each_image(processor, tmp_path) -> None:
+    model = adapted()
+    generator = np.random.default_rng(1)
 
-    def __init__(self, model):
-        self.model, self.seen = model, []
+    def of_task(brightness: int, count: int) -> list[Image.Image]:
+        noise = generator.integers(0, 40, (count, 40, 32, 3))
+        return [Image.fromarray((brightness + pixels).astype(np.uint8)) for pixels in noise]
 
-    def select(self, features):
-        self.seen.append(features)
-        return torch.arange(len(features)) % 3 - 1, torch.zeros(len(features), 2)
-
-
-def test_a_selector_chooses_by_the_frozen_features(model, processor) -> None:
-    selector = Brightness(model)
-    classifier = ContinualClassifier(model, processor, TASKS, selector=selector, open_classes=["tree", "car"])
-    images = pictures(5)
+    selector = GaussianSelector(reject_rate=0.05)
+    for task, brightness in (("pets", 0), ("shapes", 210)):
+        pixels = processor(images=of_task(brightness, 300), return_tensors="pt")["pixel_values"]
+        selector.fit(task, model.frozen_features(selector.source, pixels))
+    model.attach_selector(selector)
+    classifier = ContinualClassifier(model, processor, TASKS, open_classes=["tree", "car"], batch_size=4)
+    images = [*of_task(0, 2), *pictures(1), *of_task(210, 2), *pictures(1), *of_task(0, 1)]
     predictions = classifier(images)
-    assert [prediction.task for prediction in predictions] == [None, "pets", "shapes", None, "pets"]
-    assert predictions == classifier(images, task=[-1, 0, 1, -1, 0])
-    assert list(predictions[0].probabilities) == ["tree", "car"]
-    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        frozen = CLIPModel.from_pretrained(mini_clip_path()).get_image_features(pixels).pooler_output
-    torch.testing.assert_close(selector.seen[0], frozen, rtol=1e-5, atol=1e-5)
+    expected = ["pets", "pets", None, "shapes", "shapes", None, "pets"]
+    assert [prediction.task for prediction in predictions] == expected
+    for one, other in zip(predictions, classifier(images, task=[0, 0, -1, 1, 1, -1, 0]), strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    assert list(predictions[2].probabilities) == ["tree", "car"]
+
+    classifier.save_pretrained(tmp_path)
+    loaded = ContinualClassifier.from_pretrained(tmp_path)
+    assert [prediction.task for prediction in loaded(images)] == expected
 
 
 def test_save_and_load(classifier, tmp_path) -> None:

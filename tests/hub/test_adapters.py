@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge.selection import GaussianSelector
 
 PUSH = """
 import sys
+from itertools import combinations
 from pathlib import Path
 from peft import AutoPeftModel, PeftModel
 from transformers import CLIPModel
@@ -34,6 +37,8 @@ model.set_task("a")
 model.push_to_hub("owner/adapter", commit_message="The task is a")
 birds = PeftModel.from_pretrained(CLIPModel.from_pretrained("owner/clip"), sys.argv[1], adapter_name="birds")
 birds.push_to_hub("owner/birds")
+selecting = PeftModel.from_pretrained(CLIPModel.from_pretrained("owner/clip"), sys.argv[2])
+selecting.push_to_hub("owner/selecting")
 """
 
 LOAD = """
@@ -75,6 +80,7 @@ logits["auto features"] = features.get_image_features(batch["pixel_values"]).poo
 case("no such revision", load("owner/adapter", revision="none"))
 case("gated", load("owner/gated", token=others))
 case("renamed", load("owner/old"))
+case("selecting", load("owner/selecting"))
 case("wide", load("owner/adapter", base=wide))
 case("pickled", load("owner/pickled"))
 case("tampered", load("owner/tampered"))
@@ -130,6 +136,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoopbackHub, dict[s
         expected = {"b": model(**tiny_batch()).logits_per_image}
         model.set_task("a")
         expected["a"] = model(**tiny_batch()).logits_per_image
+    model.set_task("b")
+    selector = GaussianSelector(reject_rate=0)
+    for seed, task in enumerate(("a", "b")):
+        selector.fit(task, model.frozen_features(selector.source, tiny_batch(60, seed=1 + seed)["pixel_values"]))
+    model.attach_selector(selector)
+    model.save_pretrained(folder / "selecting")
+    with torch.no_grad():
+        expected["selected"] = model(**tiny_batch()).logits_per_image
 
     tiny_clip().save_pretrained(folder / "clip")
     hub.add_repo("model", "owner/clip", contents(folder / "clip"))
@@ -158,7 +172,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoopbackHub, dict[s
     hub.add_repo("model", "owner/cut", adapter)
     hub.cut("GET .*repo=owner%2Fcut", at=500, times=6)  # the client tries that often
 
-    run(hub, folder / "pusher", PUSH, str(folder / "adapter"), token=OWNER_TOKEN)
+    run(hub, folder / "pusher", PUSH, str(folder / "adapter"), str(folder / "selecting"), token=OWNER_TOKEN)
     told = run(hub, folder / "loader", LOAD, str(folder), OWNER_TOKEN, OTHER_TOKEN)
     yield hub, json.loads(told.splitlines()[-1]), load_file(folder / "logits.safetensors") | expected
     hub.stop()
@@ -177,15 +191,17 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("auto", "a"),
         ("own token", "b"),
         ("renamed", "b"),
+        ("selecting", "selected"),
         ("cut off no more", "b"),
         ("afterwards", "a"),
     ],
 )
 def test_equal_logits_in_a_fresh_process(world, case, task):
     _, told, logits = world
-    assert told[case] == f"PeftModel, {task}"
+    assert told[case] == f"PeftModel, {'b' if task == 'selected' else task}"
     torch.testing.assert_close(logits[case], logits[task], rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(logits["a"], logits["b"], atol=1e-3)
+    for one, other in combinations(("a", "b", "selected"), 2):
+        assert not torch.allclose(logits[one], logits[other], atol=1e-3)
 
 
 @pytest.mark.parametrize(
