@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 from transformers.image_utils import load_image
 
+from .tuners.moe_lora_merge.config import MoELoraMergeConfig
 from .tuners.moe_lora_merge.tasks import PLAIN
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class ContinualClassifier:
         batch_size: images per forward pass.
 
     Raises:
+        TypeError: the adapter is of another method.
         ValueError: `tasks` are not those of the adapter.
     """
 
@@ -97,7 +99,12 @@ class ContinualClassifier:
         open_classes: TaskClasses | Sequence[str] | None = None,
         batch_size: int = 64,
     ):
-        names = list(model.peft_config[model.active_adapter].tasks)
+        config = model.peft_config[model.active_adapter]
+        if not isinstance(config, MoELoraMergeConfig):
+            raise TypeError(
+                f"The classifier needs an adapter of MoELoraMergeConfig, got one of {type(config).__name__}."
+            )
+        names = list(config.tasks)
         if set(names) != set(tasks):
             raise ValueError(
                 f"The adapter has the tasks {names}, but classes are given for {list(tasks)}: name the same."
@@ -247,7 +254,7 @@ class ContinualClassifier:
             ValueError: the adapter does not name its CLIP, or does not fit `clip`.
         """
         if os.path.isdir(adapter):
-            classes_file = Path(adapter, CLASSES_FILE)
+            classes_file = Path(adapter, download.get("subfolder") or "", CLASSES_FILE)
         else:
             classes_file = Path(hf_hub_download(adapter, CLASSES_FILE, **download))
         if not classes_file.is_file():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize, tiny_clip
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
@@ -151,6 +151,9 @@ def test_save_and_load(classifier, tmp_path) -> None:
 def test_bad_input(classifier, model, processor, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"tasks \['pets', 'shapes'\], but classes are given for \['pets'\]"):
         ContinualClassifier(model, processor, {"pets": ["cat"]})
+    lora = get_peft_model(CLIPModel.from_pretrained(mini_clip_path()), LoraConfig(target_modules=["fc1"]))
+    with pytest.raises(TypeError, match="got one of LoraConfig"):
+        ContinualClassifier(lora, processor, TASKS)
     with pytest.raises(ValueError, match="`class_names` must be a list .* got 'cat'"):
         ContinualClassifier(model, processor, {"pets": "cat", "shapes": ["circle"]})
     with pytest.raises(ValueError, match=r"templates.*got \('a photo',\)"):

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import randomize, tiny_batch, tiny_clip
 from hub.loopback import OTHER_TOKEN, OWNER_TOKEN, LoopbackHub
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import ModelCard, constants, hf_hub_download
 from huggingface_hub.utils import close_session
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge import MoELoraMergeConfig, WEMoEConfig
 from peft_moe_merge.selection import GaussianSelector
 
 PUSH = """
@@ -30,7 +30,7 @@ import peft_moe_merge
 
 clip = CLIPModel.from_pretrained("owner/clip")
 model = PeftModel.from_pretrained(clip, sys.argv[1], adapter_name="default")
-model.push_to_hub("owner/adapter", tags=["moe"])
+model.push_to_hub("owner/adapter", tags=["peft", "moe", "continual-learning"])
 model.push_to_hub("owner/secret", private=True)
 model.push_to_hub("owner/adapter", revision="older")
 model.set_task("a")
@@ -248,6 +248,8 @@ def test_what_was_pushed(world):
     repo = hub.repos["model", "owner/adapter"]
     files = repo.commits[repo.branches["main"]]
     assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    card = ModelCard((hub.folder / files["README.md"].sha256).read_text())
+    assert card.data.tags == ["peft", "moe", "continual-learning"], "a later push without tags keeps the card"
     assert hub.repos["model", "owner/secret"].private
     assert ("model", "owner/mine") not in hub.repos
 
@@ -276,3 +278,11 @@ def test_a_pickled_adapter_in_the_cache_is_refused(world, tmp_path, monkeypatch)
         MoELoraMergeConfig.from_pretrained("owner/pickled", cache_dir=tmp_path, local_files_only=True)
     assert len(hub.requests) == asked
     close_session()
+
+
+def test_neither_is_a_pickled_wemoe(tmp_path):
+    WEMoEConfig(tasks=["a"]).save_pretrained(tmp_path)
+    assert WEMoEConfig.from_pretrained(tmp_path).tasks == ["a"]
+    (tmp_path / "adapter_model.bin").write_bytes(BIN)
+    with pytest.raises(ValueError, match="a pickle file"):
+        WEMoEConfig.from_pretrained(tmp_path)
