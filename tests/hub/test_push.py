@@ -1,5 +1,6 @@
 """A finished stream to the Hub: the card says what was measured, and its own instructions work elsewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -146,8 +147,8 @@ def test_what_is_pushed_works_as_its_card_says(hub_here, monkeypatch, checkpoint
 
 @pytest.mark.slow
 def test_the_example_pushes_its_adapter(hub: LoopbackHub, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), "--suite", "mini", "--tasks", "shapes", "colors", "--steps", "2"]
-    command += ["--methods", "moe_lora_merge", "--num_experts", "4", "--r", "4", "--batch_size", "8"]
+    command = [sys.executable, str(EXAMPLE), "--suite", "mini", "--tasks", "shapes", "colors", "--steps", "30"]
+    command += ["--methods", "moe_lora_merge", "--num_experts", "4", "--r", "4", "--batch_size", "8", "--lr", "5e-3"]
     command += ["--push_to_hub", "owner/run"]
 
     def run(folder: str, token: str | None) -> subprocess.CompletedProcess:
@@ -165,3 +166,26 @@ def test_the_example_pushes_its_adapter(hub: LoopbackHub, tmp_path: Path) -> Non
     files = repo.commits[repo.branches["main"]]
     weights = (tmp_path / "with" / "moe_lora_merge" / "seed_42" / "after_2" / "adapter_model.safetensors").read_bytes()
     assert (hub.folder / files["adapter_model.safetensors"].sha256).read_bytes() == weights
+
+    # loaded by name in a process of its own, the classifier is as accurate as the run says
+    code = """
+from peft_moe_merge import ContinualClassifier
+from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
+from transformers import CLIPModel
+classifier = ContinualClassifier.from_pretrained("owner/run", clip=CLIPModel.from_pretrained(mini_clip_path()))
+for task in ("shapes", "colors"):
+    test = load_task(task, "test")
+    names = test.features["label"].names
+    answers = classifier(list(test["image"]), task=task)
+    print(100 * sum(names[row] == one.label for row, one in zip(test["label"], answers)) / len(answers))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=hub.environment(tmp_path / "other_home"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "with" / "results.json").read_text())["methods"]["moe_lora_merge"][0]["matrix"][-1]
+    assert [float(line) for line in done.stdout.split()] == pytest.approx(told, abs=0.5)
