@@ -23,10 +23,14 @@ from peft_moe_merge.mtil.push import prepare_push, push_adapter
 from peft_moe_merge.mtil.report.card import METHOD
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
-from peft_moe_merge.mtil.results import empty_results, run_result, write_results
+from peft_moe_merge.mtil.results import add_run, empty_results, extended_results, run_result, write_results
 from peft_moe_merge.mtil.selection import SelectorSettings
 from peft_moe_merge.mtil.settings import setting
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+
+# what may differ between calls whose runs end up in one table
+FREE = ("methods", "seeds", "output_dir", "resume", "stop_after", "log_with", "eval_batch_size", "num_workers")
+FREE += ("push_to_hub", "license")
 
 
 @dataclass
@@ -90,7 +94,11 @@ def main() -> None:
         seed=run.seeds[0],
         progress=accelerator.is_main_process,
     )
-    results = empty_results(run.suite, [task.name for task in tasks], settings)
+    results = extended_results(
+        output_dir / "results.json",
+        empty_results(run.suite, [task.name for task in tasks], settings),
+        may_differ=FREE,
+    )
 
     for name in run.methods:
         for seed in run.seeds:
@@ -106,19 +114,20 @@ def main() -> None:
                 selection=selector_settings,
             )
             if len(progress.matrix) == len(tasks):
-                results["methods"].setdefault(name, []).append(run_result(seed, progress))
+                add_run(results, name, run_result(seed, progress))
             else:
                 accelerator.print(f"{name}, seed {seed}: {len(progress.matrix)} of {len(tasks)} tasks done")
 
+    accelerator.wait_for_everyone()  # no process may still be reading the results of before
     if accelerator.is_main_process and results["methods"]:
         write_results(output_dir / "results.json", results)
         print_results(results)
         print(f"results: {output_dir / 'results.json'}")
         print(f"report:  {write_report(results, output_dir)[-1]}, pictures beside it in figures/")
-        if run.push_to_hub and METHOD in results["methods"]:
-            checkpoint = newest(output_dir / METHOD / f"seed_{run.seeds[0]}")
-            _, processor = build_clip(run, tasks)
-            address = push_adapter(run.push_to_hub, checkpoint, tasks, processor, results, run.license)
+        if run.push_to_hub and run.stop_after is None:
+            seed, (_, processor) = run.seeds[0], build_clip(run, tasks)
+            checkpoint = newest(output_dir / METHOD / f"seed_{seed}")
+            address = push_adapter(run.push_to_hub, checkpoint, tasks, processor, results, seed, run.license)
             print(f"adapter: {address}")
     accelerator.end_training()
 

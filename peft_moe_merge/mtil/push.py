@@ -62,6 +62,7 @@ def push_adapter(
     tasks: list[Task],
     processor: CLIPProcessor,
     results: dict[str, Any],
+    seed: int,
     license: str = "apache-2.0",
 ) -> str:
     """Push what `PeftModel.from_pretrained` and `ContinualClassifier.from_pretrained` need, in one commit.
@@ -72,6 +73,7 @@ def push_adapter(
         tasks: the stream, for the names of classes.
         processor: of the CLIP.
         results: the content of `results.json`, for the card.
+        seed: of the run that the checkpoint is from.
         license: of the adapter.
 
     Returns:
@@ -87,7 +89,7 @@ def push_adapter(
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_classes(folder, {task.name: TaskClasses(task.class_names, task.templates) for task in tasks})
         processor.save_pretrained(folder)
-        model_card(results, repo_id, license).save(folder / "README.md")
+        model_card(results, repo_id, seed, license).save(folder / "README.md")
         commit = HfApi().upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(tasks)} tasks"
         )

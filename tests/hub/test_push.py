@@ -46,8 +46,11 @@ def hub_here(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
 def results(model: str | None = None) -> dict:
     told = empty_results("mini", list(TASKS), {"model": model, "steps": 3, "output_dir": "/home/me/runs"})
     for name, shift in (("zero_shot", 0), ("moe_adapters", 1), ("moe_lora_merge", 2)):
-        progress = Progress(settings={}, matrix=[[60 + shift, 50], [58.126, 70 + shift]], trainable_parameters=1234)
-        told["methods"][name] = [run_result(seed, progress) for seed in (0, 1)]
+        matrices = [[10, 10], [10, 10]], [[60 + shift, 50], [58.126, 70 + shift]]
+        told["methods"][name] = [
+            run_result(seed, Progress(settings={}, matrix=matrix, trainable_parameters=1234))
+            for seed, matrix in enumerate(matrices)
+        ]
     return told
 
 
@@ -69,7 +72,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_the_card_tells_the_numbers_of_the_run() -> None:
-    card = ModelCard(str(model_card(results("openai/clip-vit-base-patch16"), "me/adapter")))  # parsed anew
+    card = ModelCard(str(model_card(results("openai/clip-vit-base-patch16"), "me/adapter", seed=1)))  # parsed anew
     data = card.data
     assert {"peft", "moe", "continual-learning"} <= set(data.tags)
     assert (data.library_name, data.license, data.base_model) == ("peft", "apache-2.0", "openai/clip-vit-base-patch16")
@@ -88,7 +91,7 @@ def test_the_card_tells_the_numbers_of_the_run() -> None:
 
 
 def test_a_clip_from_a_folder_is_not_named(tmp_path: Path) -> None:
-    card = model_card(results(str(tmp_path)), "me/adapter", license="mit")
+    card = model_card(results(str(tmp_path)), "me/adapter", seed=0, license="mit")
     assert card.data.base_model is None and card.data.license == "mit"
     assert str(tmp_path) not in str(card)
 
@@ -96,8 +99,12 @@ def test_a_clip_from_a_folder_is_not_named(tmp_path: Path) -> None:
 def test_no_adapter_no_card() -> None:
     told = results()
     del told["methods"]["moe_lora_merge"]
-    with pytest.raises(ValueError, match=r"no adapter of moe_lora_merge .* only \['zero_shot', 'moe_adapters'\]"):
-        model_card(told, "me/adapter")
+    with pytest.raises(
+        ValueError, match=r"seed 0 in these results, .* \[\] and the methods \['zero_shot', 'moe_adapters'\]"
+    ):
+        model_card(told, "me/adapter", seed=0)
+    with pytest.raises(ValueError, match=r"with seed 7 .* its seeds \[0, 1\]"):
+        model_card(results(), "me/adapter", seed=7)
 
 
 def test_pushing_what_cannot_be_pushed_fails_at_once(hub_here, monkeypatch) -> None:
@@ -119,7 +126,7 @@ def test_pushing_what_cannot_be_pushed_fails_at_once(hub_here, monkeypatch) -> N
 def test_what_is_pushed_works_as_its_card_says(hub_here, monkeypatch, checkpoint, tmp_path) -> None:
     monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
     processor = CLIPProcessor.from_pretrained(mini_clip_path())
-    push_adapter(prepare_push("run"), checkpoint, [task(name) for name in TASKS], processor, results())
+    push_adapter(prepare_push("run"), checkpoint, [task(name) for name in TASKS], processor, results(), seed=1)
     repo = hub_here.repos["model", "owner/run"]
     files = repo.commits[repo.branches["main"]]
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "classifier.json"} <= set(files)

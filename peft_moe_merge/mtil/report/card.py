@@ -38,21 +38,25 @@ SETTINGS = (
 """What a reader needs to judge the numbers; paths and trackers of the run are left out."""
 
 
-def model_card(results: dict[str, Any], repo_id: str, license: str = "apache-2.0") -> ModelCard:
-    """Write the card of the adapter that the first seed of `moe_lora_merge` ended with.
+def model_card(results: dict[str, Any], repo_id: str, seed: int, license: str = "apache-2.0") -> ModelCard:
+    """Write the card of the adapter that a run of `moe_lora_merge` ended with.
 
     Args:
         results: the content of `results.json`.
         repo_id: `user/name` on the Hub.
+        seed: which of the runs.
         license: of the adapter, as the Hub abbreviates it.
 
     Raises:
-        ValueError: the run did not include `moe_lora_merge`.
+        ValueError: there is no such run.
     """
-    runs = results["methods"].get(METHOD)
-    if not runs:
-        raise ValueError(f"There is no adapter of {METHOD} in these results, only {list(results['methods'])}.")
-    run, settings, tasks = runs[0], results["settings"], results["tasks"]
+    seeds = {run["seed"]: run for run in results["methods"].get(METHOD, [])}
+    if seed not in seeds:
+        raise ValueError(
+            f"There is no adapter of {METHOD} with seed {seed} in these results, which have its seeds {list(seeds)} and "
+            f"the methods {list(results['methods'])}."
+        )
+    run, settings, tasks = seeds[seed], results["settings"], results["tasks"]
     base = base_model(settings)
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
