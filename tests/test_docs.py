@@ -38,6 +38,7 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["logits"].shape == (5, 3)
 
 
+@pytest.mark.slow  # the same calls are in tests/hub/test_adapters.py
 def test_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     tiny_clip().save_pretrained(tmp_path / "clip")
     hub.add_repo("model", "owner/clip", {path.name: path for path in (tmp_path / "clip").iterdir()})
