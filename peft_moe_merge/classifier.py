@@ -39,14 +39,16 @@ class TaskClasses:
         templates: prompt forms with one `{}` for the class name; their features are averaged.
     """
 
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    class_names: Sequence[str]
+    templates: Sequence[str] = ("a photo of a {}.",)
 
     def __post_init__(self):
         if isinstance(self.class_names, str) or not self.class_names:
             raise ValueError(f"`class_names` must be a list of at least one name, got {self.class_names!r}.")
         if isinstance(self.templates, str) or not self.templates or any("{}" not in form for form in self.templates):
             raise ValueError(f"`templates` must be a list of texts with a '{{}}' in each, got {self.templates!r}.")
+        for name in ("class_names", "templates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class ContinualClassifier:
 
         Raises:
             FileNotFoundError: the folder has no classes beside the adapter.
-            ValueError: the adapter does not name its CLIP, or does not fit `clip`.
+            ValueError: the classes are damaged, or the adapter does not name its CLIP, or does not fit `clip`.
         """
         if os.path.isdir(adapter):
             classes_file = Path(adapter, download.get("subfolder") or "", CLASSES_FILE)
@@ -262,8 +264,14 @@ class ContinualClassifier:
                 f"{str(adapter)!r} has no {CLASSES_FILE}: `ContinualClassifier.save_pretrained` did not write it. Load the "
                 "adapter by PEFT, and name the classes of its tasks to the constructor."
             )
-        classes = json.loads(classes_file.read_text())
-        open_classes = classes["open_classes"]
+        try:
+            told = json.loads(classes_file.read_text())
+            tasks = {name: TaskClasses(**classes) for name, classes in told["tasks"].items()}
+            open_classes = None if told["open_classes"] is None else TaskClasses(**told["open_classes"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{CLASSES_FILE} in {str(adapter)!r} is damaged: {error!r}. Save or download it anew."
+            ) from error
         if clip is None:
             config = PeftConfig.from_pretrained(adapter, **download)
             if config.base_model_name_or_path is None:
@@ -275,8 +283,8 @@ class ContinualClassifier:
         return cls(
             PeftModel.from_pretrained(clip, adapter, **download),
             processor or CLIPProcessor.from_pretrained(adapter, **download),
-            {name: TaskClasses(**task) for name, task in classes["tasks"].items()},
-            open_classes=None if open_classes is None else TaskClasses(**open_classes),
+            tasks,
+            open_classes=open_classes,
             batch_size=batch_size,
         )
 
@@ -296,9 +304,7 @@ def write_classes(
 
 
 def _task_classes(classes: TaskClasses | Sequence[str]) -> TaskClasses:
-    if isinstance(classes, TaskClasses):
-        return classes
-    return TaskClasses(classes if isinstance(classes, str) else tuple(classes))
+    return classes if isinstance(classes, TaskClasses) else TaskClasses(classes)
 
 
 def _fill(templates: Iterable[str], name: str) -> list[str]:

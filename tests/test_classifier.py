@@ -174,6 +174,10 @@ def test_bad_input(classifier, model, processor, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="classifier.json"):
         ContinualClassifier.from_pretrained(tmp_path)
+    for damaged in ('{"tasks": {', '{"tasks": {}}', '{"tasks": {"pets": {"names": []}}, "open_classes": null}', "[]"):
+        (tmp_path / "classifier.json").write_text(damaged)
+        with pytest.raises(ValueError, match="classifier.json in .* is damaged"):
+            ContinualClassifier.from_pretrained(tmp_path)
     get_peft_model(tiny_clip(), MoELoraMergeConfig(num_experts=4, r=4)).save_pretrained(tmp_path)
     classifier.processor.save_pretrained(tmp_path)
     write_classes(tmp_path, {"default": TaskClasses(("cat",))})

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_classifier import TASKS, adapted, pictures, probabilities
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-from peft_moe_merge import ContinualClassifier
+from peft_moe_merge import ContinualClassifier, MoELoraMergeConfig
 from peft_moe_merge.export import export_task
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 
@@ -80,3 +81,25 @@ assert not {"peft", "transformers", "peft_moe_merge"} & set(sys.modules)
 def test_exporting_an_unknown_task(processor: CLIPProcessor) -> None:
     with pytest.raises(ValueError, match="Unknown task 'cars'"):
         export_task(ContinualClassifier(adapted(), processor, TASKS), "cars")
+
+
+def test_photographs(real_images, real_clip) -> None:
+    """With experts that add nothing yet, classifier and exported graph say what transformers' pipeline says of the CLIP."""
+    clip, processor = CLIPModel.from_pretrained(real_clip), CLIPProcessor.from_pretrained(real_clip)
+    folders = sorted((real_images / "caltech101" / "test").iterdir())[:6]
+    photographs = [str(next(iter(sorted(folder.iterdir())))) for folder in folders]
+    names = [folder.name.replace("_", " ") for folder in folders]
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    classify = pipeline("zero-shot-image-classification", model=clip, **parts)
+    answers = classify(photographs, candidate_labels=names, hypothesis_template="a photo of a {}.")
+    expected = [{one["label"]: one["score"] for one in answer} for answer in answers]
+
+    model = get_peft_model(clip, MoELoraMergeConfig(num_experts=4, r=4, tasks=["caltech101"]))
+    classifier = ContinualClassifier(model, processor, {"caltech101": names})
+    for task in (-1, "caltech101"):
+        for prediction, scores in zip(classifier(photographs, task=task), expected, strict=True):
+            assert prediction.probabilities == pytest.approx(scores, abs=1e-4)
+    pixels = processor(images=[Image.open(name).convert("RGB") for name in photographs], return_tensors="pt")
+    told = export_task(classifier, "caltech101").module()(pixels["pixel_values"]).softmax(dim=-1)
+    for row, scores in zip(told.tolist(), expected, strict=True):
+        assert dict(zip(names, row, strict=True)) == pytest.approx(scores, abs=1e-4)
