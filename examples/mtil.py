@@ -29,8 +29,18 @@ from peft_moe_merge.mtil.settings import setting
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 # what may differ between calls whose runs end up in one table
-FREE = ("methods", "seeds", "output_dir", "resume", "stop_after", "log_with", "eval_batch_size", "num_workers")
-FREE += ("push_to_hub", "license")
+FREE = (
+    "methods",
+    "seeds",
+    "output_dir",
+    "resume",
+    "stop_after",
+    "log_with",
+    "eval_batch_size",
+    "num_workers",
+    "push_to_hub",
+    "license",
+)
 
 
 @dataclass
