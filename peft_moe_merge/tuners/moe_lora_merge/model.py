@@ -663,9 +663,19 @@ class MoELoraMergeModel(BaseTuner):
             for key, tensor in own.items()
             if key in state_dict and state_dict[key].shape != tensor.shape
         ]
+        mistyped = [  # a header may call floats integers, of the same size
+            f"{key} is {state_dict[key].dtype}, expected {tensor.dtype}"
+            for key, tensor in own.items()
+            if key in state_dict and state_dict[key].is_floating_point() != tensor.is_floating_point()
+        ]
         problems = [
             f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of a wrong shape", misshapen),
+                ("of a wrong type", mistyped),
+            )
             if keys
         ]
         if problems:
