@@ -73,6 +73,7 @@ def main() -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings)}
+    del settings["resume"], settings["stop_after"]  # a resumed run leaves what an undisturbed one does
     if run.log_with:
         accelerator.init_trackers("mtil")
     tasks = load_suite(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,12 +79,21 @@ def run_stream(
     Raises:
         FileExistsError: `output_dir` holds a run and `resume` is off.
         ValueError: the tasks or settings contradict themselves, or differ from those of the run to be resumed.
+        OSError: a checkpoint could not be written; the one before is whole.
+        RuntimeError: with several processes, whatever stopped this one, another's end included.
     """
     _check(tasks, settings, accelerator)
     output_dir = Path(output_dir)
     set_seed(seed)
     method = build_method()
-    told = {"tasks": [task.name for task in tasks], "seed": seed, **asdict(settings), **asdict(method.settings)}
+    told = {
+        "tasks": [task.name for task in tasks],
+        "seed": seed,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **asdict(settings),
+        **asdict(method.settings),
+    }
     progress = Progress(settings=told)
     if checkpoint.newest(output_dir) is not None and not resume:
         raise FileExistsError(
@@ -101,22 +111,38 @@ def run_stream(
     for position, task in enumerate(tasks[:stop_after]):
         if position < len(progress.matrix):
             continue
-        began = time.perf_counter()
-        task_seed = seed + 1_000_003 * (position + 1)
-        set_seed(task_seed)
-        if method.trains:
-            _train_task(method, task, settings, position, task_seed, progress, accelerator, log)
-        row = [accuracy(method, other, settings, accelerator) for other in tasks]
-        progress.matrix.append(row)
-        progress.seconds += time.perf_counter() - began
-        log(
-            (position + 1) * settings.steps,
-            **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
-        )
-        if accelerator.is_main_process:
-            checkpoint.save(output_dir, progress, method.save)
-        accelerator.wait_for_everyone()
+        with _said_by_which_process(accelerator, task, output_dir):
+            began = time.perf_counter()
+            task_seed = seed + 1_000_003 * (position + 1)
+            set_seed(task_seed)
+            if method.trains:
+                _train_task(method, task, settings, position, task_seed, progress, accelerator, log)
+            row = [accuracy(method, other, settings, accelerator) for other in tasks]
+            progress.matrix.append(row)
+            progress.seconds += time.perf_counter() - began
+            log(
+                (position + 1) * settings.steps,
+                **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
+            )
+            if accelerator.is_main_process:
+                checkpoint.save(output_dir, progress, method.save)
+            accelerator.wait_for_everyone()
     return progress
+
+
+@contextmanager
+def _said_by_which_process(accelerator: Accelerator, task: Task, output_dir: Path) -> Iterator[None]:
+    """When one of several processes fails the others notice only that it is gone: say so, and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        if accelerator.num_processes == 1:
+            raise
+        raise RuntimeError(
+            f"Process {accelerator.process_index} of {accelerator.num_processes} had to stop in task {task.name!r}: "
+            f"{error}. If it lost its connection, another process failed first and says why. The tasks learnt before "
+            f"are safe in {str(output_dir)!r}: start all processes again with `resume=True` (`--resume`)."
+        ) from error
 
 
 def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator) -> None:
