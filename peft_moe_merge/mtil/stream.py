@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -20,6 +20,8 @@ from .data.batches import eval_batches, train_batches
 from .data.task import Task
 from .methods import Method
 from .settings import setting
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass
@@ -146,6 +148,11 @@ def _said_by_which_process(accelerator: Accelerator, task: Task, output_dir: Pat
 
 
 def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"A stream adds parameters between tasks, so every process needs the whole model; got "
+            f"{accelerator.distributed_type}. Launch it data parallel (DDP)."
+        )
     names = [task.name for task in tasks]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"A stream needs tasks with names of their own, got {names}.")

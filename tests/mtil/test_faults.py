@@ -1,22 +1,22 @@
 """Killed at any moment, a process lost, the disk full: a run goes on afterwards and ends as if nothing had happened."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from processes import start, world
 from safetensors.torch import load_file
 
 from peft_moe_merge.mtil.clip import load_clip
@@ -82,15 +82,7 @@ def wait(condition, seconds, alive):
 
 
 def test_killed_and_resumed(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_moe_merge.mtil.methods", "peft_moe_merge.mtil.data.digits"])
-
-    def start(folder):
-        process = context.Process(target=learn, args=(folder,))
-        process.start()
-        return process
-
-    straight = start(tmp_path / "straight")
+    straight = start(learn, tmp_path / "straight")
     straight.join()
     assert straight.exitcode == 0
 
@@ -102,14 +94,14 @@ def test_killed_and_resumed(tmp_path):
         ((checkpoints / "after_2.partial").exists, 0.0),
         ((checkpoints / "after_2").exists, 0.3),
     ):
-        process = start(folder)
+        process = start(learn, folder)
         wait(condition, 120, process.is_alive)
         process.join(moments.uniform(0, delay))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         left_half_written += len(partials(folder))
-    last = start(folder)
+    last = start(learn, folder)
     last.join()
     assert last.exitcode == 0 and left_half_written
     assert_same_outcome(folder, tmp_path / "straight")
@@ -163,10 +155,20 @@ def test_results_that_do_not_fit(tmp_path):
 
 # ------------------------------------------------------------------------------------- the example itself, slowly
 
-ARGUMENTS = (
-    "--cpu --suite digits --model untrained --methods moe_lora_merge --steps 6 --batch_size 16 --lr 5e-3 "
-    "--num_experts 24 --r 32 --merge_every 2 --output_dir run --resume True"
-).split()
+ARGUMENTS = {
+    "suite": "digits",
+    "model": "untrained",
+    "methods": "moe_lora_merge",
+    "steps": 6,
+    "batch_size": 16,
+    "lr": 5e-3,
+    "num_experts": 24,
+    "r": 32,
+    "merge_every": 2,
+    "output_dir": "run",
+    "resume": True,
+    "cpu": True,
+}
 
 
 def example(folder, *launcher, **environment):
@@ -174,7 +176,7 @@ def example(folder, *launcher, **environment):
     folder.mkdir(exist_ok=True)
     with open(folder / "log", "a") as log:
         return subprocess.Popen(
-            [sys.executable, *launcher, str(EXAMPLE), *ARGUMENTS],
+            [sys.executable, *launcher, str(EXAMPLE), *(f"--{name}={value}" for name, value in ARGUMENTS.items())],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=log,
@@ -223,7 +225,8 @@ def test_the_example_killed_at_twenty_moments(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_on_a_disk_that_is_full(undisturbed, tmp_path):
-    with small_disk(tmp_path / "disk", "8m") as folder:  # one checkpoint fits, a second one beside it does not
+    stored = (undisturbed[0] / "run" / WEIGHTS).stat().st_size
+    with small_disk(tmp_path / "disk", int(1.6 * stored)) as folder:  # for one checkpoint, not for a second beside it
         assert example(folder).wait(600) == 1
         assert "Could not write 'run/moe_lora_merge/seed_42/after_2'" in log_of(folder), log_of(folder)
         assert "Make room" in log_of(folder)
@@ -233,16 +236,9 @@ def test_the_example_on_a_disk_that_is_full(undisturbed, tmp_path):
         assert_same_outcome(folder / "run", undisturbed[0] / "run")
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def two_processes(folder):
     """Start both by hand, as on two nodes: nothing but themselves can end them."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [example(folder, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    return [example(folder, **environment) for environment in world(2)]
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +271,7 @@ def test_torchrun_ends_when_a_process_is_lost(undisturbed_pair, tmp_path):
     launcher = example(tmp_path, *torchrun)
     checkpoint = tmp_path / "run/moe_lora_merge/seed_42/after_1"
     wait(checkpoint.exists, 600, lambda: launcher.poll() is None)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    next(child for child in psutil.Process(launcher.pid).children() if str(EXAMPLE) in child.cmdline()).kill()
     assert launcher.wait(120) == 1, log_of(tmp_path)
     assert "Signal 9 (SIGKILL)" in log_of(tmp_path)
     assert example(tmp_path, *torchrun).wait(600) == 0, log_of(tmp_path)
