@@ -279,6 +279,11 @@ class MoELoraMergeModel(BaseTuner):
         for routers, counts_TE in zip(banks, counts_NTE, strict=True):
             routers.usage += counts_TE.to(routers.usage.device)
 
+    def forget_unshared_usage(self) -> None:
+        """Drop what this process has counted since counts were last shared: a step that was not taken."""
+        for routers in self._routers().values():
+            routers.take_unshared_usage()
+
     def reset_expert_usage(self) -> None:
         """Start counting the current task's selections at zero."""
         for routers in self._routers().values():
