@@ -1,6 +1,10 @@
 """Two real processes over gloo, data parallel and sharded: they decide alike and come to what one process comes to."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
+from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 IMAGES, EXPERTS = 8, 6
 LABELS = torch.tensor([0, 1, 2, 0, 2, 1, 1, 0])
 FIRST_STEPS, STEPS = 30, 50
+LOOKS_AT_WEIGHTS = {"merge_pair": "most_similar", "merge_strategy": "aligned", "merge_router_columns": "mean"}
 
 
 class SameNoise(TorchFunctionMode):
@@ -53,8 +59,8 @@ def accelerator_for(way):
     return accelerator
 
 
-def train(way, noise, folder, dtype=torch.float64, **config):
-    """Train on two tasks with merges, a stop of the routers and freezing; write down what became of it.
+def train(way, noise, folder, options):
+    """Train on two tasks of 30 and 20 steps with merges, a stop of the routers and freezing; write down what became of it.
 
     Double precision, since AdamW turns the rounding of a gradient near zero into a step of full length.
     """
@@ -62,8 +68,8 @@ def train(way, noise, folder, dtype=torch.float64, **config):
     rank, processes = accelerator.process_index, accelerator.num_processes
     own = slice(rank * IMAGES // processes, (rank + 1) * IMAGES // processes)
     torch.manual_seed(0)
-    config = MoELoraMergeConfig(num_experts=EXPERTS, r=4, lora_dropout=0.0, tasks=["a", "b"], **config)
-    clip = tiny_clip().to(dtype)
+    config = MoELoraMergeConfig(num_experts=EXPERTS, r=4, lora_dropout=0.0, tasks=["a", "b"], **options)
+    clip = tiny_clip().double()
     if way == "fsdp":  # which takes no scalars
         clip.logit_scale = torch.nn.Parameter(clip.logit_scale.detach().reshape(1))
     adapted = get_peft_model(clip, config, autocast_adapter_dtype=False)
@@ -92,7 +98,7 @@ def train(way, noise, folder, dtype=torch.float64, **config):
                 callback.begin_task(model)
             for step in steps:
                 batch = tiny_batch(images=IMAGES, seed=step)
-                batch["pixel_values"] = batch["pixel_values"][own].to(dtype)
+                batch["pixel_values"] = batch["pixel_values"][own].double()
                 loss = torch.nn.functional.cross_entropy(model(**batch).logits_per_image, LABELS[own])
                 accelerator.backward(loss)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -106,12 +112,19 @@ def train(way, noise, folder, dtype=torch.float64, **config):
             told |= {f"usage/{task}/{name}": counts for name, counts in adapted.expert_usage().items()}
             for step, merges in merging.merges:
                 told |= {f"merge/{task}/{step}/{name}": torch.tensor(merge) for name, merge in merges.items()}
-            known = len(optimizer.state)
-            told[f"known/{task}"] = torch.tensor(known)
+            told[f"known/{task}"] = torch.tensor(len(optimizer.state))  # to the optimizer: experts ever selected
 
     if way == "fsdp":
         assert isinstance(next(adapted.parameters()), DTensor)
         assert all(isinstance(p, DTensor) for name, p in adapted.named_parameters() if "moe_lora" in name)
+        with pytest.raises(RuntimeError, match="can't be added to a model that is sharded"):
+            adapted.add_task("c")
+        with pytest.raises(ValueError, match="every process needs the whole model"):
+            run_stream([], None, StreamSettings(), folder, accelerator)
+        adapted.peft_config["default"].router_locality_loss = 0.1
+        with pytest.raises(ValueError, match="`router_locality_loss` needs whole experts"):
+            merging.begin_task(model)
+        adapted.peft_config["default"].router_locality_loss = 0.0
     for name, tensor in adapted.state_dict().items():
         if "moe_lora" in name:
             told[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -135,24 +148,20 @@ def assert_processes_agree(folder):
     assert any(not torch.equal(first[key], second[key]) for key in own), "the processes chose differently"
     for key in own:
         assert torch.equal(first[key] + second[key], first[key.replace("own/", "usage/")])
-    assert {key.split("/")[1:3][0] + key.split("/")[2] for key in first if key.startswith("merge/")} == {
-        *("a7", "a14", "a21", "a28"),
-        *("b7", "b14"),
-    }
+    merges = {tuple(key.split("/")[1:3]) for key in first if key.startswith("merge/")}
+    assert merges == {*(("a", step) for step in ("7", "14", "21", "28")), *(("b", step) for step in ("7", "14"))}
     frozen = [tensor.sum() for key, tensor in first.items() if key.endswith("frozen")]
     assert len(frozen) == 4 and all(2 <= count <= 4 for count in frozen)
 
 
 def assert_like_one_process(folder, alone):
     actual, expected = outcome(folder), outcome(alone)
-    assert actual.keys() == expected.keys()
+    assert actual.keys() == expected.keys(), "the same merges"
     for key, tensor in expected.items():
-        if key.startswith("own/"):
+        if key.startswith("own/") or key.endswith(".usage"):  # of a part of the images; what is under `usage/` again
             continue
-        if key.startswith("usage/") and "text_model" in key:  # every process decides for all prompts
-            tensor = 2 * tensor
-        if key.endswith("usage"):
-            continue  # the same numbers, for both towers, under `usage/`
+        if key.startswith("usage/") and "text_model" in key:
+            tensor = 2 * tensor  # every process counts for all prompts
         if tensor.is_floating_point():
             torch.testing.assert_close(
                 actual[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
@@ -164,18 +173,18 @@ def assert_like_one_process(folder, alone):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    run_together(1, train, "ddp", "same", folder)
+    run_together(1, train, "ddp", "same", folder, LOOKS_AT_WEIGHTS)
     return folder
 
 
 def test_data_parallel_is_like_one_process(alone, tmp_path):
-    run_together(2, train, "ddp", "same", tmp_path)
+    run_together(2, train, "ddp", "same", tmp_path, LOOKS_AT_WEIGHTS)
     assert_processes_agree(tmp_path)
     assert_like_one_process(tmp_path, alone)
 
 
 def test_sharded_is_like_one_process(alone, tmp_path):
-    run_together(2, train, "fsdp", "same", tmp_path)
+    run_together(2, train, "fsdp", "same", tmp_path, LOOKS_AT_WEIGHTS)
     assert_processes_agree(tmp_path)
     assert_like_one_process(tmp_path, alone)
     saved, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, alone))
@@ -185,3 +194,19 @@ def test_sharded_is_like_one_process(alone, tmp_path):
             torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=0)
     model = PeftModel.from_pretrained(tiny_clip(), tmp_path / "adapter")
     assert all(len(frozen) >= 2 for frozen in model.frozen_experts().values())
+
+
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_processes_agree_though_each_draws_noise_of_its_own(way, tmp_path):
+    """Launched by `torchrun`: what one process selects in a step another may not, in both towers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [*command, __file__, way, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_processes_agree(tmp_path)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], "own", Path(sys.argv[2]), {})
