@@ -9,18 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import tiny_batch, tiny_clip
 from peft import PeftModel, get_peft_model
 from processes import run_together
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
+FSDP2_CONFIG = Path(__file__).parents[1] / "examples" / "accelerate" / "one_node_8_gpus_fsdp2.yaml"
 IMAGES, EXPERTS = 8, 6
 LABELS = torch.tensor([0, 1, 2, 0, 2, 1, 1, 0])
 FIRST_STEPS, STEPS = 30, 50
@@ -47,9 +51,10 @@ class SameNoise(TorchFunctionMode):
 def accelerator_for(way):
     if way != "fsdp":
         return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-    )
+    arguments = launch_command_parser().parse_args(["--config_file", str(FSDP2_CONFIG), "script.py"])
+    told = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    os.environ.update({name: value for name, value in told.items() if name.startswith("FSDP_")})
+    plugin = FullyShardedDataParallelPlugin()
     accelerator = Accelerator(cpu=True)
     # Accelerate takes the plugin on GPUs only. What it does with it, it can do here as well.
     accelerator.state.fsdp_plugin = plugin
@@ -115,7 +120,8 @@ def train(way, noise, folder, options):
             told[f"known/{task}"] = torch.tensor(len(optimizer.state))  # to the optimizer: experts ever selected
 
     if way == "fsdp":
-        assert isinstance(next(adapted.parameters()), DTensor)
+        sharded = [type(module).__name__ for module in adapted.modules() if isinstance(module, FSDPModule)]
+        assert sharded.count("FSDPCLIPEncoderLayer") == 4
         assert all(isinstance(p, DTensor) for name, p in adapted.named_parameters() if "moe_lora" in name)
         with pytest.raises(RuntimeError, match="can't be added to a model that is sharded"):
             adapted.add_task("c")
