@@ -24,7 +24,7 @@ from peft_moe_merge.mtil.results import add_run, empty_results, run_result, writ
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 EXPERTS, CYCLE = 20, 20
-STREAM = StreamSettings(steps=60, batch_size=32, lr=[5e-3])
+STREAM = StreamSettings(steps=60, batch_size=32, lr=[2e-2])
 WITHOUT = "no merging"
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
     EXPERTS: {

@@ -1,7 +1,8 @@
 """What the chosen experts make of a sample: the hot path. Pure functions on tensors.
 
 Shapes: B samples, L tokens, D input width, O output width, R bottleneck rank, K experts a sample takes, U distinct
-experts taken by anyone in the batch, G routing decisions: G = B, or G = 1 where all samples decided alike.
+experts taken by anyone in the batch, G routing decisions: G = B, or G = 1 where all samples decided alike. Where tokens
+decide for themselves, B of them, L = 1, and S = B K pairs of a token and one of its experts.
 
 An expert is `relu(x A + a)`, dropout, then `B` and `b`: a low-rank adapter with a nonlinearity. Its tensors are
 stored unit by unit, `down_RD` and `up_RO`, so that the K experts of a sample lie one below the other and act as one
@@ -16,19 +17,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def distinct_experts(indices_GK: Tensor) -> tuple[list[int], Tensor]:
-    """List the experts that anyone takes, in ascending order, and where in that list each choice stands.
+class Selection:
+    """Which experts a batch takes: known to the device at once, to the host when it asks.
 
-    Returns:
-        experts (U of them) and positions_GK (int64) with `experts[positions_GK[g, k]] == indices_GK[g, k]`.
+    The host has to know, since every expert is a set of parameters of its own, and only those of selected experts may get
+    a gradient. The copy to it starts here, and nobody waits for it before `stack` is called: what is launched in between
+    keeps a GPU busy meanwhile.
+
+    Args:
+        indices_GK: the experts that each decision takes.
+        num_experts: E.
+
+    Attributes:
+        positions_GK: where among the stacked experts they stand.
     """
-    experts = sorted({expert for row in indices_GK.tolist() for expert in row})
-    return experts, torch.searchsorted(torch.tensor(experts, device=indices_GK.device), indices_GK)
+
+    def __init__(self, indices_GK: Tensor, num_experts: int):
+        self.indices_GK = indices_GK
+        if torch.compiler.is_exporting():  # the graph has to hold all experts
+            self.positions_GK = indices_GK
+            return
+        if in_graph_without_gradients():  # an expert is stacked anew for everyone who takes it
+            self.positions_GK = torch.arange(indices_GK.numel(), device=indices_GK.device).reshape(indices_GK.shape)
+            return
+        taken_E = torch.zeros(num_experts, dtype=torch.bool, device=indices_GK.device)
+        taken_E = taken_E.scatter_(0, indices_GK.flatten(), True)
+        # counted on the device: to look them up in a list would need the list there, and so a wait for the host
+        self.positions_GK = (taken_E.cumsum(0) - 1)[indices_GK]
+        self._taken_E = taken_E.to("cpu", non_blocking=taken_E.is_cuda)
+        self._arrived = None
+        if taken_E.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(taken_E.device))
+
+    def stack(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From each bank, one tensor per expert, stack those of the U distinct experts. Only these get a gradient."""
+        if torch.compiler.is_exporting():
+            return tuple(torch.stack(list(bank)) for bank in banks)
+        if in_graph_without_gradients():
+            return tuple(stack_chosen(list(bank), self.indices_GK) for bank in banks)
+        return self._stack_distinct(*banks)
+
+    @torch.compiler.disable  # a graph made for the experts of one batch would have to be made anew for the next
+    def _stack_distinct(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        experts = [expert for expert, taken in enumerate(self._taken_E.tolist()) if taken]
+        return tuple(torch.stack([bank[expert] for expert in experts]) for bank in banks)
 
 
-def stack(parameters: Sequence[Tensor], experts: list[int]) -> Tensor:
-    """Stack one tensor of each listed expert, expert first. Only these experts get a gradient."""
-    return torch.stack([parameters[expert] for expert in experts])
+def in_graph_without_gradients() -> bool:
+    """Tell whether `torch.compile` traces an inference pass; it can't look into tensors, but into no parameter it must."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+@torch.library.custom_op("peft_moe_merge::stack_chosen", mutates_args=())
+def stack_chosen(parameters: Sequence[Tensor], indices_GK: Tensor) -> Tensor:
+    """Stack one tensor of each chosen expert. To a compiler this is one opaque operation, of a known shape."""
+    return torch.stack([parameters[expert] for expert in indices_GK.flatten().tolist()])
+
+
+@stack_chosen.register_fake
+def _(parameters: Sequence[Tensor], indices_GK: Tensor) -> Tensor:
+    return parameters[0].new_empty(indices_GK.numel(), *parameters[0].shape)
 
 
 def mixture(
@@ -57,20 +108,70 @@ def mixture(
         y_BLO.
     """
     G, K = positions_GK.shape
-    R, D, O = *down_URD.shape[1:], up_URO.shape[-1]  # noqa: E741
+    U, R, D = down_URD.shape
+    O = up_URO.shape[-1]  # noqa: E741
     weights_GK = gates_GK.to(x_BLD.dtype) * scaling
 
-    down_GHD = down_URD[positions_GK].reshape(G, K * R, D)
-    bias_GH = down_bias_UR[positions_GK].reshape(G, K * R)
-    up_GHO = up_URO[positions_GK].reshape(G, K * R, O)
-    out_bias_GO = (weights_GK.unsqueeze(-1) * up_bias_UO[positions_GK]).sum(dim=1)
-    weights_GH = weights_GK.repeat_interleave(R, dim=1)
+    if G == 1:
+        # The stacked experts are those of the one decision, in another order: reorder the weights, not the experts.
+        weights_U = weights_GK.new_zeros(U).index_copy(0, positions_GK[0], weights_GK[0])
+        hidden_BLH = F.relu(F.linear(x_BLD, down_URD.reshape(U * R, D), down_bias_UR.reshape(U * R)))
+        hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_U.repeat_interleave(R)
+        return hidden_BLH @ up_URO.reshape(U * R, O) + weights_U @ up_bias_UO
 
-    if G == 1 and x_BLD.shape[0] != 1:
-        hidden_BLH = F.relu(F.linear(x_BLD, down_GHD[0], bias_GH[0]))
-        hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_GH
-        return hidden_BLH @ up_GHO[0] + out_bias_GO
+    # `index_select`, whose gradient is summed row by row; that of indexing is summed number by number
+    positions = positions_GK.flatten()
+    down_GHD = down_URD.index_select(0, positions).reshape(G, K * R, D)
+    bias_GH = down_bias_UR.index_select(0, positions).reshape(G, K * R)
+    up_GHO = up_URO.index_select(0, positions).reshape(G, K * R, O)
+    out_bias_GKO = up_bias_UO.index_select(0, positions).reshape(G, K, O)
+    out_bias_GO = (weights_GK.unsqueeze(-1) * out_bias_GKO).sum(dim=1)
+    weights_GH = weights_GK.repeat_interleave(R, dim=1)
 
     hidden_BLH = F.relu(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))
     hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_GH.unsqueeze(1)
     return torch.baddbmm(out_bias_GO.unsqueeze(1), hidden_BLH, up_GHO)
+
+
+def token_mixture(
+    x_BLD: Tensor,
+    gates_BK: Tensor,
+    positions_BK: Tensor,
+    down_URD: Tensor,
+    down_bias_UR: Tensor,
+    up_URO: Tensor,
+    up_bias_UO: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute what `mixture` does where every token is a sample of its own, L = 1.
+
+    To give each of many tokens its own copy of its experts would be absurd. Instead the tokens are sorted by expert, each
+    expert works through its tokens in one product, and the results go back to where the tokens were.
+    """
+    B, K = positions_BK.shape
+    position_S, order_S = positions_BK.flatten().sort(stable=True)
+    token_S = order_S // K
+    ends_U = torch.searchsorted(position_S, torch.arange(len(down_URD), device=position_S.device), right=True)
+    weights_S = (gates_BK.to(x_BLD.dtype) * scaling).flatten()[order_S]
+
+    x_SD = x_BLD.squeeze(1).index_select(0, token_S)
+    hidden_SR = F.relu(grouped_product(x_SD, down_URD, ends_U) + down_bias_UR.index_select(0, position_S))
+    hidden_SR = F.dropout(hidden_SR, dropout)
+    y_SO = grouped_product(hidden_SR, up_URO.transpose(1, 2), ends_U) + up_bias_UO.index_select(0, position_S)
+    y_SO = y_SO * weights_S.unsqueeze(1)
+    return y_SO.new_zeros(B, y_SO.shape[-1]).index_add(0, token_S, y_SO).unsqueeze(1)
+
+
+def grouped_product(x_SD: Tensor, weight_UOD: Tensor, ends_U: Tensor) -> Tensor:
+    """Multiply each of U groups of rows by its own weights: rows up to `ends_U[0]` by the first, and so on."""
+    if torch.is_autocast_enabled(x_SD.device.type):
+        dtype = torch.get_autocast_dtype(x_SD.device.type)
+        x_SD, weight_UOD = x_SD.to(dtype), weight_UOD.to(dtype)
+    kernel = getattr(F, "grouped_mm", None)  # torch 2.10 and later, for rows that fill multiples of 16 bytes
+    aligned = all(width * x_SD.element_size() % 16 == 0 for width in weight_UOD.shape[1:])
+    if kernel is not None and aligned and x_SD.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return kernel(x_SD, weight_UOD.transpose(1, 2), offs=ends_U.to(torch.int32))
+    groups = zip(x_SD.tensor_split(ends_U[:-1].tolist()), weight_UOD.unbind(), strict=True)
+    return torch.cat([F.linear(rows, weight_OD) for rows, weight_OD in groups])

@@ -11,23 +11,34 @@ from torch import Tensor
 MINIMAL_NOISE = 0.01
 
 
-def router_logits(x_BD: Tensor, weight_DE: Tensor, noise_weight_DE: Tensor | None = None) -> Tensor:
+def router_logits(
+    x_BD: Tensor, weight: Tensor, noise_weight: Tensor | None = None, position_B: Tensor | None = None
+) -> Tensor:
     """Score every expert for every sample.
 
     Args:
         x_BD: what the router looks at, token 0 of each sample.
-        weight_DE: the task's router, without bias.
-        noise_weight_DE: the task's noise scale; given in training only. Adds `normal(0, 1) * (softplus(x N) + 0.01)`
-            to the scores, the "noisy top-k" by which experts are explored (arXiv 2403.11549, section 3).
+        weight: the task's router D x E, without bias; or those of T tasks, T x D x E.
+        noise_weight: the noise scale, of the same shape; given in training only. Adds
+            `normal(0, 1) * (softplus(x N) + 0.01)` to the scores, the "noisy top-k" by which experts are explored
+            (arXiv 2403.11549, section 3).
+        position_B: with several tasks, which of them each sample has.
 
     Returns:
         logits_BE.
     """
-    logits_BE = x_BD @ weight_DE
-    if noise_weight_DE is not None:
-        scale_BE = F.softplus(x_BD @ noise_weight_DE) + MINIMAL_NOISE
+    logits_BE = _project(x_BD, weight, position_B)
+    if noise_weight is not None:
+        scale_BE = F.softplus(_project(x_BD, noise_weight, position_B)) + MINIMAL_NOISE
         logits_BE = logits_BE + torch.randn_like(scale_BE) * scale_BE
     return logits_BE
+
+
+def _project(x_BD: Tensor, weight: Tensor, position_B: Tensor | None) -> Tensor:
+    if position_B is None:
+        return x_BD @ weight
+    # all tasks' scores, then each sample's own: the scores are few, and neither samples nor weights are gathered
+    return (x_BD @ weight)[position_B, torch.arange(len(x_BD), device=x_BD.device)]
 
 
 def top_k_gates(logits_BE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

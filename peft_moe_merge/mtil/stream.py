@@ -118,7 +118,7 @@ def run_stream(
             task_seed = seed + 1_000_003 * (position + 1)
             set_seed(task_seed)
             if method.trains:
-                _train_task(method, task, settings, position, task_seed, progress, accelerator, log)
+                train_task(method, task, settings, position, task_seed, progress, accelerator, log)
             row = [accuracy(method, other, settings, accelerator) for other in tasks]
             progress.matrix.append(row)
             progress.seconds += time.perf_counter() - began
@@ -164,7 +164,7 @@ def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator
         )
 
 
-def _train_task(
+def train_task(
     method: Method,
     task: Task,
     settings: StreamSettings,
@@ -172,8 +172,20 @@ def _train_task(
     seed: int,
     progress: Progress,
     accelerator: Accelerator,
-    log: Callable[..., None],
+    log: Callable[..., None] = lambda step, **values: None,
 ) -> None:
+    """Let a method learn one task, and note in `progress` how that went.
+
+    Args:
+        method: the learner.
+        task: what it learns.
+        settings: how it trains.
+        position: of the task in its stream, by which it gets its learning rate.
+        seed: of the order of the images.
+        progress: gets the losses, and what the method tells.
+        accelerator: device, precision, processes.
+        log: takes an optimizer step of the stream and named values.
+    """
     method.begin_task(task)
     parameters = method.trainable_parameters()
     progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))

@@ -45,18 +45,18 @@ def adapted(model, **kwargs):
     return model
 
 
-def check_gradients(layer, routers, experts, trained_task=None):
+def check_gradients(layer, routers, experts, trained_task=None, tolerance=TOLERANCE):
     bank = layer.moe_lora_experts["default"]
     for e, tensors in enumerate(experts):
         for name, expected in zip(("down_weight", "down_bias", "up_weight", "up_bias"), tensors, strict=True):
             actual = getattr(bank, name)[e].grad
             assert (actual is None) == (expected.grad is None), f"expert {e}: a gradient exactly where it was selected"
             if actual is not None:
-                torch.testing.assert_close(actual, expected.grad, **TOLERANCE)
+                torch.testing.assert_close(actual, expected.grad, **tolerance)
     for task, expected in enumerate(routers):
         actual = layer.moe_lora_routers["default"].weight[task].grad
         if task == trained_task:
-            torch.testing.assert_close(actual, expected.grad, **TOLERANCE)
+            torch.testing.assert_close(actual, expected.grad, **tolerance)
         else:
             assert actual is None, "only the current task's router trains"
 
@@ -109,6 +109,41 @@ def test_linear(shape):
     check_gradients(layer, routers, experts, trained_task=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the grouped product is the library's or ours
+@pytest.mark.parametrize("ids", [None, [1, -1, 0, 1, 2]])
+@pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8), (5, 2, 3, 8)])
+def test_linear_routed_by_token(shape, ids, dtype):
+    torch.manual_seed(0)
+    model = adapted(
+        nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)), target_modules=["0"], routing="token"
+    ).to(dtype)
+    model.set_task("b")
+    layer = model.base_model.model[0]
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = layer.base_layer(x)
+    routers, experts = reference_parameters(layer)
+    tokens = x.reshape(-1, 1, 8)  # to the reference, every token is a sample
+    token_ids = torch.tensor(ids or [1] * 5).repeat_interleave(len(tokens) // 5).tolist()
+    y = y + reference_mixture(tokens, token_ids, routers, experts, 2, 3.0 / 4).reshape(y.shape)
+    expected = model.base_model.model[2](F.relu(y))
+    actual = model(x) if ids is None else model(x, task_ids=torch.tensor(ids))
+    tolerance = TOLERANCE if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    expected.square().sum().backward()
+    expected_grad, x.grad = x.grad, None
+    actual.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected_grad, **tolerance)
+    check_gradients(layer, routers, experts, trained_task=1, tolerance=tolerance)
+    model.train()
+    model(x)
+    assert model.expert_usage()["0"].sum() == 2 * len(tokens), "every token counts"
+
+
+def test_mlp_blocks_are_not_routed_by_token(clip):
+    with pytest.raises(ValueError, match="routing='token' is for `nn.Linear` targets"):
+        get_peft_model(clip, MoELoraMergeConfig(routing="token"))
+
+
 def test_one_token_0_decides_for_all_tokens():
     torch.manual_seed(0)
     model = adapted(nn.Sequential(nn.Linear(8, 8)), target_modules=["0"])
@@ -132,7 +167,7 @@ def test_experts_nobody_selects_are_not_computed(monkeypatch):
     model.eval()
     with torch.no_grad():  # poison: a NaN weight times a zero gate would still show
         indices, _ = model.base_model.model.vision_model.encoder.layers[0].mlp.moe_lora_routers["default"](
-            torch.zeros(1, 32, dtype=torch.float64), 0, 2
+            torch.zeros(1, 32, dtype=torch.float64), [0], 2
         )
     assert usage.sum() == 2 * 4 and indices.shape == (1, 2)
     chosen = set()
@@ -149,6 +184,30 @@ def test_experts_nobody_selects_are_not_computed(monkeypatch):
         for expert in set(range(6)) - chosen:
             bank.down_weight[expert].fill_(float("nan"))
     assert torch.equal(model(**inputs).logits_per_image, before)
+
+
+def test_inference_compiles_without_graph_breaks():
+    """Whatever is selected: the graph of one batch serves the next, for one task and for several."""
+    model = adapted(tiny_clip())
+    block = model.base_model.model.vision_model.encoder.layers[0]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for ids in (None, [1, 0, 2, 1], [1, -1, 0, 1]):
+        for seed in (0, 1):
+            x = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad(), model.base_model._routed(None if ids is None else torch.tensor(ids)):
+                torch.testing.assert_close(compiled(x, None), block(x, None), **TOLERANCE)
+
+
+def test_routers_decide_while_the_base_layer_is_still_to_run():
+    """So that, on a GPU, nobody waits for the decision."""
+    model = adapted(tiny_clip())
+    mlp = model.base_model.model.vision_model.encoder.layers[0].mlp
+    order = []
+    for name, module in (("router", mlp.moe_lora_routers["default"]), ("base layer", mlp.base_layer)):
+        module.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+    mlp.moe_lora_experts["default"].register_forward_pre_hook(lambda module, args: order.append("experts"))
+    model.get_image_features(tiny_batch()["pixel_values"].double())
+    assert order == ["router", "base layer", "experts"]
 
 
 def test_dropout_falls_on_hidden_units():

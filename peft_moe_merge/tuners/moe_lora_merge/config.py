@@ -37,6 +37,8 @@ class MoELoraMergeConfig(PeftConfig):
         init_weights: True starts with experts that add nothing. False gives them random output weights, for tests.
         expert_input: what the experts of an MLP block read, "residual" (the residual stream, before the layer norm,
             as the paper does) or "normalized" (what the block itself reads).
+        routing: "sample" (token 0 of a sample decides for all its tokens, as the paper does) or "token" (every token
+            decides for itself, and counts; for `nn.Linear` targets).
         merge_pair: which two experts merge, "most_used" (the paper's) or "most_similar" among the frequently used.
         merge_strategy: how they become one, "average" (the paper's) or "aligned" (hidden units are matched first).
         merge_router_columns: what the router's column of the overwritten expert becomes, "keep" (the paper's) or the
@@ -76,6 +78,9 @@ class MoELoraMergeConfig(PeftConfig):
     )
     expert_input: Literal["residual", "normalized"] = field(
         default="residual", metadata={"help": "What the experts of an MLP block read."}
+    )
+    routing: Literal["sample", "token"] = field(
+        default="sample", metadata={"help": "Who decides which experts are taken: a sample, or each of its tokens."}
     )
     merge_pair: Literal["most_used", "most_similar"] = field(
         default="most_used", metadata={"help": "Which two experts merge."}
@@ -126,6 +131,7 @@ class MoELoraMergeConfig(PeftConfig):
                 raise ValueError(f"`{name}` is the weight of a loss, at least 0; got {getattr(self, name)!r}.")
         for name, choices in (
             ("expert_input", ("residual", "normalized")),
+            ("routing", ("sample", "token")),
             ("merge_pair", tuple(PAIRS)),
             ("merge_strategy", tuple(STRATEGIES)),
             ("merge_router_columns", ("keep", "mean")),

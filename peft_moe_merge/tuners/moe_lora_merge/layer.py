@@ -6,8 +6,9 @@ Shapes: B samples, L tokens, D input width, O output width, R bottleneck rank, E
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,13 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_moe_merge.experts import distinct_experts, mixture, stack
+from peft_moe_merge.experts import Selection, mixture, token_mixture
 from peft_moe_merge.merging import Expert
 from peft_moe_merge.routing import router_logits, selection_counts, top_k_gates
 from peft_moe_merge.routing_losses import displacement
 
 from .config import MoELoraMergeConfig
-from .tasks import TaskState
+from .tasks import Routed, TaskState
 
 EXPERT_TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
@@ -48,6 +49,7 @@ class ExpertBank(nn.Module):
         self.register_buffer("frozen", torch.zeros(config.num_experts, dtype=torch.bool))
         self.landmark: list[Expert] | None = None
         self.sharded = False
+        self.mixture = token_mixture if config.routing == "token" else mixture
 
     def reset_parameters(self, init_weights: bool) -> None:
         for down, down_bias, up, up_bias in zip(*(getattr(self, name) for name in EXPERT_TENSORS), strict=True):
@@ -87,24 +89,24 @@ class ExpertBank(nn.Module):
             moved_E[expert] = displacement(self.expert(expert), self.landmark[expert])
         return moved_E
 
-    def forward(self, x_BLD: Tensor, indices_GK: Tensor, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
-        experts, positions_GK = distinct_experts(indices_GK)
-        stacked = (stack(getattr(self, name), experts) for name in EXPERT_TENSORS)
-        y_BLO = mixture(x_BLD, gates_GK, positions_GK, *stacked, scaling=scaling, dropout=dropout)
+    def forward(self, x_BLD: Tensor, selection: Selection, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
+        stacked = selection.stack(*(getattr(self, name) for name in EXPERT_TENSORS))
+        y_BLO = self.mixture(x_BLD, gates_GK, selection.positions_GK, *stacked, scaling=scaling, dropout=dropout)
         if self.sharded and self.training and torch.is_grad_enabled():
-            y_BLO = ZeroGradients.apply(y_BLO, *self.taken_elsewhere(experts))
+            y_BLO = ZeroGradients.apply(y_BLO, *self.taken_elsewhere(selection.indices_GK))
         return y_BLO
 
-    def taken_elsewhere(self, experts: list[int]) -> list[nn.Parameter]:
+    @torch.compiler.disable
+    def taken_elsewhere(self, indices_GK: Tensor) -> list[nn.Parameter]:
         """List the trainable tensors of experts that other processes take and this one does not. All must call.
 
         FSDP sums up the gradients that there are, so all processes must have the same ones.
         """
-        taken_E = torch.zeros(len(self.frozen), dtype=torch.int32, device=self.frozen.device)
-        taken_E[experts] = 1
+        chosen = indices_GK.flatten()
+        taken_E = torch.zeros(len(self.frozen), dtype=torch.int32, device=chosen.device).index_fill_(0, chosen, 1)
         dist.all_reduce(taken_E)
-        taken_E[experts] = 0
-        tensors = (getattr(self, name)[expert] for expert in taken_E.nonzero().flatten() for name in EXPERT_TENSORS)
+        experts = taken_E.index_fill_(0, chosen, 0).nonzero().flatten().tolist()
+        tensors = (getattr(self, name)[expert] for expert in experts for name in EXPERT_TENSORS)
         return [tensor for tensor in tensors if tensor.requires_grad]
 
     @property
@@ -219,10 +221,11 @@ class RouterBank(nn.Module):
         self.stopped = F.pad(self.stopped, (0, 1))
         self.unshared_usage = F.pad(self.unshared_usage, (0, 0, 0, 1))
 
-    def count(self, task: int, counts_E: Tensor) -> None:
+    def count(self, tasks: Sequence[int], counts_TE: Tensor) -> None:
         """Add selections of this process."""
-        self.unshared_usage = self.unshared_usage.to(counts_E.device)
-        self.unshared_usage[task] += counts_E
+        self.unshared_usage = self.unshared_usage.to(counts_TE.device)
+        for task, counts_E in zip(tasks, counts_TE, strict=True):
+            self.unshared_usage[task] += counts_E
 
     def take_unshared_usage(self) -> Tensor:
         """Return what this process has counted and not shared, and forget it."""
@@ -230,18 +233,57 @@ class RouterBank(nn.Module):
         self.unshared_usage = torch.zeros_like(counts_TE)
         return counts_TE.to(self.usage.device)
 
-    def forward(self, x_BD: Tensor, task: int, top_k: int) -> tuple[Tensor, Tensor]:
-        weight_DE, noise_DE = self.weight[task], self.noise_weight[task]
+    def forward(
+        self, x_BD: Tensor, tasks: Sequence[int], top_k: int, position_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Let each sample's router decide.
+
+        Args:
+            x_BD: what the routers look at.
+            tasks: whose routers they are.
+            top_k: K.
+            position_B: for each sample, the position of its task in `tasks`; None when there is one.
+
+        Returns:
+            indices_BK and gates_BK, see `top_k_gates`.
+        """
         # A choice between experts is a comparison of close numbers: half precision would decide it by rounding.
-        dtype = torch.promote_types(weight_DE.dtype, torch.float32)
+        dtype = torch.promote_types(self.weight[0].dtype, torch.float32)
         with torch.autocast(x_BD.device.type, enabled=False):
-            x_BD, weight_DE = x_BD.to(dtype), weight_DE.to(dtype)
-            logits_BE = router_logits(x_BD, weight_DE, noise_DE.to(dtype) if self.training else None)
+            x_BD = x_BD.to(dtype)
+            weight, noise = (self._of_tasks(weights, tasks, dtype) for weights in (self.weight, self.noise_weight))
+            logits_BE = router_logits(x_BD, weight, noise if self.training else None, position_B)
             indices_BK, gates_BK = top_k_gates(logits_BE, top_k)
             if self.training and self.keep_decisions and not in_backward():
-                scores_BE = router_logits(x_BD.detach(), weight_DE.detach())
-                self.decisions.append(Decisions(task, logits_BE.softmax(dim=-1), scores_BE, indices_BK))
+                scores_BE = router_logits(x_BD.detach(), weight.detach(), position_B=position_B)
+                probabilities_BE = logits_BE.softmax(dim=-1)
+                for position, task in enumerate(tasks):
+                    rows = slice(None) if position_B is None else position_B == position
+                    self.decisions.append(Decisions(task, probabilities_BE[rows], scores_BE[rows], indices_BK[rows]))
             return indices_BK, gates_BK
+
+    @staticmethod
+    def _of_tasks(weights: nn.ParameterList, tasks: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return one task's weights, D x E, or those of several, T x D x E."""
+        if len(tasks) == 1:
+            return weights[tasks[0]].to(dtype)
+        return torch.stack([weights[task].to(dtype) for task in tasks])
+
+
+class Choice(NamedTuple):
+    """What was decided for one batch in one block: which rows take which experts, with what weights.
+
+    Attributes:
+        x_BLD: what the experts read; where tokens decide for themselves, each token is a row, L = 1.
+        rows_N: the rows that take experts; None for all.
+        gates_GK: the weights.
+        selection: the experts.
+    """
+
+    x_BLD: Tensor
+    rows_N: Tensor | None
+    gates_GK: Tensor
+    selection: Selection
 
 
 def several_processes() -> bool:
@@ -266,7 +308,13 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moe_lora_experts", "moe_lora_routers")
-    other_param_names = ("moe_lora_scaling", "moe_lora_dropout", "moe_lora_top_k", "moe_lora_trainable")
+    other_param_names = (
+        "moe_lora_scaling",
+        "moe_lora_dropout",
+        "moe_lora_top_k",
+        "moe_lora_trainable",
+        "moe_lora_routing",
+    )
 
     def __init__(self, base_layer: nn.Module, tasks: TaskState, reads_prompts: bool = False):
         super().__init__()
@@ -280,6 +328,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_dropout: dict[str, float] = {}
         self.moe_lora_top_k: dict[str, int] = {}
         self.moe_lora_trainable: dict[str, bool] = {}
+        self.moe_lora_routing: dict[str, str] = {}
         self.register_load_state_dict_post_hook(_freeze_as_loaded)
 
     @staticmethod
@@ -299,6 +348,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_dropout[adapter_name] = config.lora_dropout
         self.moe_lora_top_k[adapter_name] = config.top_k
         self.moe_lora_trainable[adapter_name] = False
+        self.moe_lora_routing[adapter_name] = config.routing
         if not any(parameter.is_meta for parameter in self.moe_lora_experts[adapter_name].parameters()):
             self.moe_lora_experts[adapter_name].reset_parameters(config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -355,52 +405,72 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.moe_lora_experts:
-                result = self._add_experts(adapter_name, self.expert_input(adapter_name, x), result)
+            return self.base_layer(x, *args, **kwargs)
+        # The routers decide first: while the device works on the base layer, the decision reaches the host.
+        choices = [
+            (adapter_name, self._decide(adapter_name, self.expert_input(adapter_name, x)))
+            for adapter_name in self.active_adapters
+            if adapter_name in self.moe_lora_experts
+        ]
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter_name, choice in choices:
+            if choice is not None:
+                result = self._add_experts(adapter_name, choice, result)
         return result
 
-    def _add_experts(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        groups = self.tasks.groups(adapter_name, x.shape[0], prompts=self.reads_prompts)
-        if not groups or x.shape[0] == 0:
-            return result
+    def _decide(self, adapter_name: str, x: Tensor) -> Choice | None:
+        """Ask the routers which experts the samples take, and count them in training. None: no sample takes any."""
+        routed = self.tasks.routed(adapter_name, x.shape[0], prompts=self.reads_prompts)
+        if routed is None or x.shape[0] == 0:
+            return None
         experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
-        x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
-        if not in_backward():
+        if routers.decisions and not in_backward():
             routers.decisions = []
-        indices, gates = [], []
-        for task, rows in groups:
-            start_BD = x_BLD[:, 0] if rows is None else x_BLD[rows, 0]
-            samples = start_BD.shape[0]
-            if self.reads_prompts and self.tasks.prompts_start_alike:
-                # Token 0 of a prompt sees itself alone, so it is the same vector in all of them: one decision, and in
-                # training one draw of noise, is every prompt's.
-                start_BD = start_BD[:1]
-            indices_GK, gates_GK = routers(start_BD, task, self.moe_lora_top_k[adapter_name])
-            if self.training and not in_backward():
-                counts_E = selection_counts(indices_GK, experts.frozen.numel())
-                routers.count(task, counts_E * (samples // indices_GK.shape[0]))
-            if len(groups) > 1:
-                indices_GK, gates_GK = (column.expand(samples, -1) for column in (indices_GK, gates_GK))
-            indices.append(indices_GK)
-            gates.append(gates_GK)
+        x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
+        alike = self.reads_prompts and self.tasks.prompts_start_alike
+        if self.moe_lora_routing[adapter_name] == "token":
+            # every token is a sample of its own
+            routed, x_BLD, alike = routed.tokens(x_BLD.shape[1]), x_BLD.reshape(-1, 1, x.shape[-1]), False
+        start_GD = x_BLD[:, 0] if routed.rows_N is None else x_BLD[routed.rows_N, 0]
+        samples, position_G = start_GD.shape[0], routed.position_N
+        if alike:
+            # Token 0 of a prompt sees itself alone, so it is the same vector in all of them: one decision, and in
+            # training one draw of noise, is every prompt's with the same task.
+            one_of_each = slice(1) if position_G is None else routed.one_of_each()
+            start_GD = start_GD[one_of_each]
+            position_G = None if position_G is None else position_G[one_of_each]
+        indices_GK, gates_GK = routers(start_GD, routed.tasks, self.moe_lora_top_k[adapter_name], position_G)
+        if alike and position_G is not None:
+            indices_GK, gates_GK = indices_GK[routed.position_N], gates_GK[routed.position_N]
+        if self.training:
+            self._count(routers, routed, indices_GK, samples // indices_GK.shape[0])
+        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, experts.frozen.numel()))
 
-        all_rows = groups[0][1] is None
-        rows = None if all_rows else torch.cat([rows for _, rows in groups])
-        y_BLO = experts(
-            self._cast_input_dtype(x_BLD if all_rows else x_BLD[rows], experts.dtype),
-            torch.cat(indices),
-            torch.cat(gates),
+    @torch.compiler.disable  # which can't know of the backward pass
+    def _count(self, routers: RouterBank, routed: Routed, indices_GK: Tensor, times: int) -> None:
+        if in_backward():
+            return
+        T, E = len(routed.tasks), routers.shape[1]
+        # the experts of the second task are counted behind those of the first, and so on
+        offset_G1 = 0 if routed.position_N is None else routed.position_N.unsqueeze(1) * E
+        counts_TE = selection_counts(indices_GK + offset_G1, T * E).reshape(T, E)
+        routers.count(routed.tasks, counts_TE * times)
+
+    def _add_experts(self, adapter_name: str, choice: Choice, result: Tensor) -> Tensor:
+        experts, rows_N = self.moe_lora_experts[adapter_name], choice.rows_N
+        y_NLO = experts(
+            self._cast_input_dtype(choice.x_BLD if rows_N is None else choice.x_BLD[rows_N], experts.dtype),
+            choice.selection,
+            choice.gates_GK,
             self.moe_lora_scaling[adapter_name],
             self.moe_lora_dropout[adapter_name] if self.training else 0.0,
         ).to(result.dtype)
-        if all_rows:
-            return result + y_BLO.reshape(result.shape)
+        if rows_N is None:
+            return result + y_NLO.reshape(result.shape)
         # rows of plain samples are not even added zero to, so they stay what they were bit for bit
-        return result.index_add(0, rows, y_BLO.reshape(-1, *result.shape[1:]))
+        result_BLO = result.reshape(*choice.x_BLD.shape[:2], -1)
+        return result_BLO.index_add(0, rows_N, y_NLO).reshape(result.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NOT_MERGEABLE)
@@ -452,6 +522,11 @@ class MLP(MoELoraMergeLayer):
         return base_layer.fc1.in_features, base_layer.fc2.out_features
 
     def update_layer(self, adapter_name: str, config: MoELoraMergeConfig) -> None:
+        if config.routing == "token":
+            raise ValueError(
+                "routing='token' is for `nn.Linear` targets; this is an MLP block, whose samples decide by their token 0. "
+                "Name linear layers in `target_modules`, such as ['fc1', 'fc2'], or use routing='sample'."
+            )
         if config.expert_input == "residual" and self._norm_hook is None:
             raise ValueError(
                 "expert_input='residual' needs the residual stream, but the block around this MLP has no "

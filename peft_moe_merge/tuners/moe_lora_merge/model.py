@@ -533,7 +533,7 @@ class MoELoraMergeModel(BaseTuner):
         if images is not None and images.shape[0] != ids.size:
             raise ValueError(f"`task_ids` has {ids.size} entries for {images.shape[0]} images: pass one per image.")
         if images is not None and prompts is not None:
-            self.tasks.prompt_ids = _all_of_one_task(ids, slot=0, size=prompts.shape[0])
+            self.tasks.prompt_ids = ids.all_of(slot=0, size=prompts.shape[0])
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -544,7 +544,7 @@ class MoELoraMergeModel(BaseTuner):
         inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
 
         def encode(slot: int) -> Tensor:
-            with self.tasks.during(ids=_all_of_one_task(ids, slot, prompt_ids.size)):
+            with self.tasks.during(ids=ids.all_of(slot, prompt_ids.size)):
                 names = ("input_ids", "attention_mask", "position_ids")
                 return model.get_text_features(**{name: inputs.get(name) for name in names}).pooler_output
 
@@ -559,14 +559,40 @@ class MoELoraMergeModel(BaseTuner):
     def _enabled(self) -> bool:
         return not any(layer.disable_adapters for layer in self._layers().values())
 
-    def _before_prompts(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        tokens_NL, mask_NL = inputs.get("input_ids"), inputs.get("attention_mask")
-        alike = tokens_NL is not None and inputs.get("position_ids") is None
-        if alike:
-            starts_N = tokens_NL.reshape(-1, tokens_NL.shape[-1])[:, 0]
-            alike = bool((starts_N == starts_N[0]).all() and (mask_NL is None or mask_NL[..., 0].all()))
-        self.tasks.prompts_start_alike = alike
+    def _before_prompts(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        self.tasks.prompts_start_alike = False
+        call = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+        tokens_NL, mask_NL = call.arguments.get("input_ids"), call.arguments.get("attention_mask")
+        if tokens_NL is None or call.arguments.get("position_ids") is not None:
+            return None
+        width = tokens_NL.shape[-1]
+        rows_NL = tokens_NL.reshape(-1, width)
+        alike = (rows_NL[:, 0] == rows_NL[0, 0]).all()
+        if mask_NL is not None:
+            alike &= mask_NL[..., 0].all()
+        # one wait for the device per forward pass, for both
+        alike, longest = torch.stack([alike, pooled_position(rows_NL, model.eos_token_id).max() + 1]).tolist()
+        self.tasks.prompts_start_alike = bool(alike)
+        if longest == width or not self._only_pools_prompts(model, len(rows_NL), call.arguments.get("kwargs", {})):
+            return None
+        call.arguments["input_ids"] = tokens_NL[..., :longest]
+        if mask_NL is not None:
+            call.arguments["attention_mask"] = mask_NL[..., :longest]
+        return call.args, call.kwargs
+
+    def _only_pools_prompts(self, model: nn.Module, prompts: int, options: dict[str, Any]) -> bool:
+        """Tell whether nobody can miss the tokens behind the pooled one, which no earlier token sees.
+
+        So it is where experts act on the prompts of a whole CLIP, whose features come from the pooled tokens alone, and
+        nobody asked for hidden states. Without experts the prompts stay as they are, and CLIP's features too, bit for bit.
+        """
+        wanted = ("output_hidden_states", "output_attentions")
+        if any(options.get(name) or getattr(model.config, name, False) for name in wanted):
+            return False
+        routed = (self.tasks.routed(name, prompts, prompts=True) for name in self.active_adapters)
+        return isinstance(self.model, CLIPModel) and self._enabled() and any(routed)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
@@ -613,11 +639,11 @@ class MoELoraMergeModel(BaseTuner):
         return state_dict
 
 
-def _all_of_one_task(ids: TaskIds, slot: int, size: int) -> TaskIds:
-    """The ids of a batch of `size` samples that all have the task at `slot` of `ids.present`."""
-    task = ids.present[slot]
-    groups = ((task, None),) if task >= 0 else ()
-    return TaskIds(size, (task,), ids.slot_B.new_zeros(size), groups)
+def pooled_position(tokens_NL: Tensor, eos_token_id: int) -> Tensor:
+    """Find the token that CLIP's text tower pools: each row's first end token, or, as older files say, its largest."""
+    if eos_token_id == 2:
+        return tokens_NL.argmax(dim=-1)
+    return (tokens_NL == eos_token_id).int().argmax(dim=-1)
 
 
 def choosable_experts(weight_DE: Tensor, top_k: int) -> list[int]:

@@ -18,6 +18,35 @@ PLAIN = -1
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Which rows of a batch are routed, and by which tasks' routers. Rows not named here no expert may touch.
+
+    Attributes:
+        tasks: the T distinct tasks, ascending.
+        rows_N: the rows that are routed; None when all are.
+        position_N: for each of these rows, the position of its task in `tasks`; None when there is one task.
+    """
+
+    tasks: tuple[int, ...]
+    rows_N: Tensor | None = None
+    position_N: Tensor | None = None
+
+    def one_of_each(self) -> Tensor:
+        """Return, for each task, the first of the N rows that is its own."""
+        tasks_T1 = torch.arange(len(self.tasks), device=self.position_N.device).unsqueeze(1)
+        return (self.position_N == tasks_T1).int().argmax(dim=1)
+
+    def tokens(self, length: int) -> Routed:
+        """The same for a batch in which each row is one of `length` tokens of a row here."""
+        rows_N, position_N = self.rows_N, self.position_N
+        if rows_N is not None:
+            rows_N = (rows_N.unsqueeze(1) * length + torch.arange(length, device=rows_N.device)).flatten()
+        if position_N is not None:
+            position_N = position_N.repeat_interleave(length)
+        return Routed(self.tasks, rows_N, position_N)
+
+
+@dataclass(frozen=True)
 class TaskIds:
     """The tasks of one batch, sorted out once per forward pass so that no layer has to wait for the device.
 
@@ -25,13 +54,13 @@ class TaskIds:
         size: B.
         present: the distinct ids, ascending, `PLAIN` among them if it occurs.
         slot_B: for each sample, the position of its id in `present`.
-        groups: for each real task that occurs, the rows of its samples; the rows are None when it has all of them.
+        routed: the rows with a real task; None when there are none.
     """
 
     size: int
     present: tuple[int, ...]
     slot_B: Tensor
-    groups: tuple[tuple[int, Tensor | None], ...]
+    routed: Routed | None
 
     @classmethod
     def check(cls, task_ids: Tensor, tasks: list[str]) -> TaskIds:
@@ -54,12 +83,18 @@ class TaskIds:
                 f"`task_ids` holds {wrong}, but the adapter has {len(tasks)} tasks: "
                 f"{dict(enumerate(tasks))}. Use those indexes, or -1 for the model without experts."
             )
-        groups = tuple(
-            (task, None if len(present) == 1 else (slot_B == slot).nonzero().squeeze(1))
-            for slot, task in enumerate(present)
-            if task != PLAIN
-        )
-        return cls(len(task_ids), present, slot_B, groups)
+        tasks = tuple(task for task in present if task != PLAIN)
+        plain = len(present) - len(tasks)  # 1 if there are plain samples; their slot is the first then
+        rows_N = (slot_B >= plain).nonzero().squeeze(1) if plain else None
+        slot_N = slot_B if rows_N is None else slot_B[rows_N]
+        routed = Routed(tasks, rows_N, slot_N - plain if len(tasks) > 1 else None) if tasks else None
+        return cls(len(task_ids), present, slot_B, routed)
+
+    def all_of(self, slot: int, size: int) -> TaskIds:
+        """The ids of a batch of `size` samples that all have the task at `slot` of `present`."""
+        task = self.present[slot]
+        routed = None if task == PLAIN else Routed((task,))
+        return TaskIds(size, (task,), self.slot_B.new_zeros(size), routed)
 
 
 @dataclass
@@ -78,18 +113,18 @@ class TaskState:
     prompt_ids: TaskIds | None = None
     prompts_start_alike: bool = False
 
-    def groups(self, adapter_name: str, batch: int, *, prompts: bool) -> tuple[tuple[int, Tensor | None], ...]:
-        """Say which rows of a batch belong to which task's router; rows None means all, rows not named are plain."""
+    def routed(self, adapter_name: str, batch: int, *, prompts: bool) -> Routed | None:
+        """Say which rows of a batch belong to which task's router; None when no row does."""
         ids = self.prompt_ids if prompts and self.prompt_ids is not None else self.ids
         if ids is None:
             task = self.current[adapter_name]
-            return () if task is None else ((task, None),)
+            return None if task is None else Routed((task,))
         if ids.size != batch:
             raise ValueError(
                 f"`task_ids` has {ids.size} entries but an adapted module sees a batch of {batch}: pass one id per "
                 "sample. (A module whose input folds other dimensions into the batch can't be routed by sample.)"
             )
-        return ids.groups
+        return ids.routed
 
     @contextmanager
     def during(self, **values: Any) -> Iterator[None]:

@@ -1,0 +1,449 @@
+"""What a training step costs, in time and in memory, side by side with its floor and with a plain mixture of experts.
+
+    python benchmarks/step_time.py --output runs/step_time.json    # ViT-B/16, all cells
+    python benchmarks/step_time.py --quick                         # a small CLIP, the same numbers in under a minute
+    python benchmarks/step_time.py --output ... --resume           # go on after an interruption
+
+Weights are random and the data are noise: neither changes what a step costs. No network. The contestants:
+
+- floor: CLIP without any adapter, yet with gradients through every block of both towers. All weights are frozen but the
+  image tower's class embedding and the text tower's position embeddings, which lie before the first block.
+- ours: the adapter with one task, prompts padded to the longest, and the counting of selections after every step.
+- dispatch: a plain mixture of experts on the same CLIP, written here: every expert is called in Python on the samples that
+  chose it, prompts are padded to 77 tokens.
+- clip: the untouched image tower, against ours with images of eleven tasks in one batch, their tasks known.
+
+The contestants of a cell take turns in one process, a step each, in an order that rotates from round to round. A ratio
+is taken within a round; reported are medians over rounds, and the quartiles as their spread. Peak memory is measured in a
+process for each contestant.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel
+
+from peft_moe_merge import MoELoraMergeConfig
+
+MERGE_EVERY = 100
+TASKS = 11
+
+VIT_B16 = {"vision_config": {"patch_size": 16}}
+SMALL = {
+    "vision_config": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+    | {"image_size": 112, "patch_size": 16},
+    "text_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2},
+    "projection_dim": 64,
+}
+
+# name of the cell: contestants, prompts, bf16?, whether one of the fixed numbers comes from it, which earns more rounds
+TRAINING: dict[str, tuple[list[str], int, bool, bool]] = {
+    "32 prompts": (["floor", "ours 55", "dispatch 55"], 32, False, True),
+    "22 or 220 experts": (["ours 22", "ours 220"], 32, False, True),
+    "10 prompts": (["floor", "ours 55"], 10, False, False),
+    "100 prompts": (["floor", "ours 55", "dispatch 55"], 100, False, False),
+    "397 prompts": (["floor", "ours 55", "dispatch 55"], 397, False, False),
+    "32 prompts, bf16": (["floor", "ours 55", "dispatch 55"], 32, True, False),
+}
+
+# key: cell, what is divided, by what
+RATIOS = {
+    "step_over_floor": ("32 prompts", "ours 55", "floor"),
+    "dispatch_over_ours_32": ("32 prompts", "dispatch 55", "ours 55"),
+    "dispatch_over_ours_397": ("397 prompts", "dispatch 55", "ours 55"),
+    "e220_over_e22": ("22 or 220 experts", "ours 220", "ours 22"),
+    "inference_over_clip": ("inference", "ours 55", "clip"),
+}
+TARGETS = {
+    "step_over_floor": ("at most", 1.10),
+    "dispatch_over_ours_32": ("at least", 1.5),
+    "dispatch_over_ours_397": ("at least", 2.5),
+    "e220_over_e22": ("at most", 1.05),
+    "merge_share": ("at most", 0.005),
+    "extra_memory_gb": ("at most", 2.0),
+    "inference_over_clip": ("at most", 1.10),
+}
+
+
+class Dispatch(nn.Module):
+    """A mixture of experts as it is commonly written: gather the samples, call expert after expert, put them back.
+
+    Shapes: B samples, L tokens, D width, E experts, K chosen, S = B K pairs of a sample and an expert.
+    """
+
+    def __init__(self, width: int, num_experts: int, top_k: int = 2, r: int = 64, scaling: float = 0.1):
+        super().__init__()
+        self.top_k, self.scaling = top_k, scaling
+        self.router = nn.Parameter(torch.zeros(width, num_experts))
+        self.noise = nn.Parameter(torch.zeros(width, num_experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, r), nn.ReLU(), nn.Dropout(0.1), nn.Linear(r, width))
+            for _ in range(num_experts)
+        )
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        logits_BE = x_BLD[:, 0] @ self.router
+        logits_BE = logits_BE + torch.randn_like(logits_BE) * (F.softplus(x_BLD[:, 0] @ self.noise) + 0.01)
+        logits_BK, indices_BK = logits_BE.topk(self.top_k)
+        expert_S, order_S = indices_BK.flatten().sort(stable=True)
+        sample_S = order_S // self.top_k
+        counts_E = torch.bincount(expert_S, minlength=len(self.experts)).tolist()
+        pieces = x_BLD[sample_S].split(counts_E)
+        y_SLD = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
+        gates_S = logits_BK.softmax(dim=-1).flatten()[order_S] * self.scaling
+        y_SLD = y_SLD * gates_S[:, None, None].to(y_SLD.dtype)
+        return torch.zeros_like(x_BLD, dtype=y_SLD.dtype).index_add(0, sample_S, y_SLD)
+
+
+def add_dispatch(clip: CLIPModel, num_experts: int) -> CLIPModel:
+    """Put a `Dispatch` beside every MLP block: `y = x + MLP(LN2(x)) + MoE(x)`."""
+    clip.requires_grad_(False)
+    clip.mixtures = nn.ModuleList()
+    for tower in (clip.vision_model, clip.text_model):
+        for block in tower.encoder.layers:
+            mixture = Dispatch(block.embed_dim, num_experts)
+            clip.mixtures.append(mixture)
+            stream: list[Tensor] = []
+            block.layer_norm2.register_forward_pre_hook(
+                partial(lambda stream, _, args: stream.append(args[0]), stream)
+            )
+            block.mlp.register_forward_hook(
+                partial(lambda mixture, stream, _, args, y_BLD: y_BLD + mixture(stream.pop()), mixture, stream)
+            )
+    return clip
+
+
+class Contestant:
+    """One way to take a training step, with a model and an optimizer of its own.
+
+    Args:
+        name: "floor", "clip", or "ours" or "dispatch" and the number of experts.
+        settings: of the CLIP.
+        tasks: of ours.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any], device: str, seed: int, tasks: int = 1):
+        kind, _, num_experts = name.partition(" ")
+        torch.manual_seed(seed)
+        clip = CLIPModel(CLIPConfig(**settings))
+        self.longest = kind != "dispatch"
+        self.ours = kind == "ours"
+        if kind == "ours":
+            config = MoELoraMergeConfig(num_experts=int(num_experts), tasks=[f"task {i}" for i in range(tasks)])
+            clip.requires_grad_(False)
+            self.model: nn.Module = get_peft_model(clip, config)
+        elif kind == "dispatch":
+            self.model = add_dispatch(clip, int(num_experts))
+        else:
+            self.model = clip.requires_grad_(False)
+        if kind == "floor":
+            clip.vision_model.embeddings.class_embedding.requires_grad_(True)
+            clip.text_model.embeddings.position_embedding.weight.requires_grad_(True)
+        self.model.to(device).train()
+        self.seconds: dict[str, float] = {}
+        self.device = device
+        for phase, tower in (("image", clip.vision_model), ("text", clip.text_model)):
+            tower.register_forward_pre_hook(partial(lambda phase, *_: self.begin(phase), phase))
+            tower.register_forward_hook(partial(lambda phase, *_: self.end(phase), phase))
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if parameters:
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+            # Later in training every expert has been selected at some time: the optimizer's state is all there.
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def begin(self, phase: str) -> None:
+        synchronize(self.device)
+        self.seconds[phase] = -time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        synchronize(self.device)
+        self.seconds[phase] += time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.begin(name)
+        yield
+        self.end(name)
+
+    def train(self, batch: dict[str, Tensor], autocast: torch.autocast) -> dict[str, float]:
+        """Take a step and return the seconds of its phases, of the whole, and of a merge after it."""
+        self.seconds = {}
+        tokens_NL = batch["tokens_NL"] if self.longest else batch["padded_NL"]
+        with self.phase("step"):
+            with autocast:
+                logits_BN = self.model(pixel_values=batch["images"], input_ids=tokens_NL).logits_per_image
+                loss = F.cross_entropy(logits_BN.float(), batch["labels"], label_smoothing=0.2)
+            with self.phase("backward"):
+                loss.backward()
+            with self.phase("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.ours:
+                with self.phase("count"):
+                    self.model.share_expert_usage()
+        if self.ours:  # after the step, since it happens once in MERGE_EVERY of them
+            with self.phase("merge"):
+                self.model.merge_experts(self.optimizer)
+        return self.seconds
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Tensor], autocast: torch.autocast) -> dict[str, float]:
+        """Encode images, each by the routers of its own task if ours."""
+        self.seconds = {}
+        self.model.eval()
+        ids = {"task_ids": batch["task_ids"]} if self.ours else {}
+        with self.phase("step"), autocast:
+            self.model.get_image_features(batch["images"], **ids)
+        return self.seconds
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_batch(settings: dict[str, Any], images: int, prompts: int, device: str, seed: int) -> dict[str, Tensor]:
+    """Make noise images, and prompts of 8 to 14 tokens, as "a photo of a <class>." has them."""
+    generator = torch.Generator().manual_seed(seed)
+    config = CLIPConfig(**settings)
+    size, text = config.vision_config.image_size, config.text_config
+    lengths_N = torch.randint(8, 15, (prompts, 1), generator=generator)
+    lengths_N[0] = 14
+    position_L = torch.arange(text.max_position_embeddings)
+    padded_NL = torch.randint(1000, 40000, (prompts, len(position_L)), generator=generator)
+    padded_NL[:, 0] = text.bos_token_id
+    padded_NL[position_L >= lengths_N - 1] = text.eos_token_id
+    batch = {
+        "images": torch.randn(images, 3, size, size, generator=generator),
+        "labels": torch.randint(0, prompts, (images,), generator=generator),
+        "padded_NL": padded_NL,
+        "tokens_NL": padded_NL[:, : lengths_N.max()],
+        "task_ids": torch.arange(images) % TASKS,
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def take_turns(contestants: dict[str, Callable[[], dict[str, float]]], rounds: int, title: str) -> dict[str, Any]:
+    """Let every contestant take a step per round, after a round to warm up.
+
+    Returns:
+        Per contestant and phase, the seconds in each round.
+    """
+    names = list(contestants)
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for turn in tqdm(range(rounds + 1), desc=title, leave=False):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            for phase, elapsed in contestants[name]().items():
+                if turn > 0:
+                    seconds[name].setdefault(phase, []).append(elapsed)
+    return seconds
+
+
+def training_cell(cell: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    names, prompts, bf16, key = TRAINING[cell]
+    batch = make_batch(settings, args.batch_size, prompts, args.device, args.seed)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
+    contestants = {name: Contestant(name, settings, args.device, args.seed) for name in names}
+    steps = {name: partial(contestant.train, batch, autocast) for name, contestant in contestants.items()}
+    return take_turns(steps, args.rounds if key else max(1, args.rounds // 3), cell)
+
+
+def inference_cell(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    batch = make_batch(settings, args.batch_size, 1, args.device, args.seed)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=False)
+    contestants = {name: Contestant(name, settings, args.device, args.seed, TASKS) for name in ("clip", "ours 55")}
+    learn(contestants["ours 55"].model, args.seed)
+    passes = {name: partial(contestant.encode, batch, autocast) for name, contestant in contestants.items()}
+    return take_turns(passes, args.rounds, "inference")
+
+
+def learn(model: nn.Module, seed: int) -> None:
+    """Give routers and experts weights as if they had learnt, so that tasks choose different experts."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "moe_lora_" in name:
+                parameter.normal_(std=0.02, generator=generator)
+
+
+def peak_memory(name: str, settings: dict[str, Any], args: argparse.Namespace) -> float:
+    """Return by how many GB (1e9 bytes) the process grew at most while it built a contestant and took some steps."""
+    before = peak_bytes()
+    batch = make_batch(settings, args.batch_size, 32, args.device, args.seed)
+    contestant = Contestant(name, settings, args.device, args.seed)
+    for _ in range(3):
+        contestant.train(batch, torch.autocast(args.device, torch.bfloat16, enabled=False))
+    return (torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_bytes() - before) / 1e9
+
+
+def peak_bytes() -> int:
+    """Return the largest size this process had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says includes, on Linux, the size of the process that started this one
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_cell(args: argparse.Namespace) -> dict[str, list[float]]:
+    peaks: dict[str, list[float]] = {"floor": [], "ours 55": [], "dispatch 55": []}
+    own = [sys.executable, str(Path(__file__).resolve()), *(["--quick"] if args.quick else [])]
+    own += ["--batch_size", str(args.batch_size), "--device", args.device, "--seed", str(args.seed)]
+    own += ["--threads", str(args.threads)]
+    for _ in tqdm(range(1 if args.quick else 2), desc="memory", leave=False):
+        for name, values in peaks.items():
+            done = subprocess.run([*own, "--memory", name], stdout=subprocess.PIPE, text=True, check=True)
+            values.append(json.loads(done.stdout.splitlines()[-1]))
+    return peaks
+
+
+def summary(values: list[float]) -> tuple[float, list[float]]:
+    """Return the median and the quartiles."""
+    if len(values) == 1:
+        return values[0], [values[0]] * 2
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, [low, high]
+
+
+def fixed_numbers(cells: dict[str, Any]) -> dict[str, Any]:
+    """Compute the fixed numbers from the finished cells, each a median with its spread."""
+    values: dict[str, list[float]] = {}
+    for key, (cell, above, below) in RATIOS.items():
+        if cell in cells:
+            pairs = zip(cells[cell][above]["step"], cells[cell][below]["step"], strict=True)
+            values[key] = [one / other for one, other in pairs]
+    if "32 prompts" in cells:
+        ours = cells["32 prompts"]["ours 55"]
+        values["merge_share"] = [
+            (merge / MERGE_EVERY + count) / (merge / MERGE_EVERY + step)
+            for merge, count, step in zip(ours["merge"], ours["count"], ours["step"], strict=True)
+        ]
+    if "memory" in cells:
+        peaks = zip(cells["memory"]["ours 55"], cells["memory"]["floor"], strict=True)
+        values["extra_memory_gb"] = [ours - floor for ours, floor in peaks]
+    numbers = {}
+    for key in TARGETS:
+        if key in values:
+            numbers[key], numbers[f"{key}_spread"] = summary(values[key])
+    return numbers
+
+
+def tables(result: dict[str, Any]) -> Iterator[Table]:
+    """Yield the cells and the fixed numbers as tables."""
+    times = Table(title=f"seconds a step, {result['settings']['batch_size']} images, medians")
+    phases = ("step", "image", "text", "backward", "optimizer", "count", "merge")
+    for column in ("cell", "", *phases):
+        times.add_column(column, justify="left" if column in ("cell", "") else "right")
+    for cell, contestants in result["cells"].items():
+        if cell == "memory":
+            continue
+        for name, seconds in contestants.items():
+            medians = (f"{statistics.median(seconds[phase]):.4g}" if phase in seconds else "" for phase in phases)
+            times.add_row(cell, name, *medians)
+    yield times
+
+    numbers = Table(title="medians of ratios within a round")
+    for column in ("", "median", "quartiles", "target", "met"):
+        numbers.add_column(column)
+    for name, values in result["cells"].get("memory", {}).items():
+        median, (low, high) = summary(values)
+        numbers.add_row(f"peak GB, {name}", f"{median:.2f}", f"{low:.2f} to {high:.2f}", "", "")
+    for key, (side, target) in TARGETS.items():
+        if key in result:
+            value, (low, high) = result[key], result[f"{key}_spread"]
+            met = value <= target if side == "at most" else value >= target
+            numbers.add_row(
+                key, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{side} {target:g}", "yes" if met else "no"
+            )
+    yield numbers
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    }
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(json.dumps(result, indent=1))
+    partial_path.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small CLIP instead of ViT-B/16, and few rounds")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a step; the paper trains with 64")
+    parser.add_argument("--rounds", type=int, help="of the cells the fixed numbers come from; others get a third")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cells", nargs="+", choices=[*TRAINING, "inference", "memory"], help="only these")
+    parser.add_argument("--output", type=Path, help="write the numbers as JSON, after every cell anew")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that --output has already")
+    parser.add_argument("--memory", metavar="CONTESTANT", help="print the peak memory of one contestant, and no more")
+    args = parser.parse_args()
+    if args.resume and args.output is None:
+        parser.error("--resume goes on with the file given by --output")
+    args.rounds = args.rounds or (3 if args.quick else 9)
+    torch.set_num_threads(args.threads)
+    settings = SMALL if args.quick else VIT_B16
+    if args.memory:
+        print(peak_memory(args.memory, settings, args))
+        return
+
+    told = {"quick": args.quick, "batch_size": args.batch_size, "rounds": args.rounds, "seed": args.seed}
+    result: dict[str, Any] = {"settings": told, "machine": machine(args), "cells": {}}
+    if args.resume and args.output.exists():
+        earlier = json.loads(args.output.read_text())
+        if (earlier["settings"], earlier["machine"]) != (result["settings"], result["machine"]):
+            parser.error(f"{args.output} was measured with other settings or elsewhere: {earlier['settings']}")
+        result["cells"] = earlier["cells"]
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        **{cell: partial(training_cell, cell, settings, args) for cell in TRAINING},
+        "inference": partial(inference_cell, settings, args),
+        "memory": partial(memory_cell, args),
+    }
+    for cell, run in tqdm(runs.items(), desc="cells"):
+        if cell in (args.cells or runs) and cell not in result["cells"]:
+            result["cells"][cell] = run()
+            result |= fixed_numbers(result["cells"])
+            if args.output:
+                save(result, args.output)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in tables(result):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
