@@ -17,7 +17,7 @@ from conftest import tiny_batch, tiny_clip
 from peft import PeftModel, get_peft_model
 from processes import run_together
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
@@ -51,17 +51,28 @@ class SameNoise(TorchFunctionMode):
 def accelerator_for(way):
     if way != "fsdp":
         return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    return sharding_accelerator()
+
+
+def sharding_accelerator(mixed_precision="no"):
+    """What the example configuration makes of Accelerate, on CPUs."""
     arguments = launch_command_parser().parse_args(["--config_file", str(FSDP2_CONFIG), "script.py"])
     told = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     os.environ.update({name: value for name, value in told.items() if name.startswith("FSDP_")})
-    plugin = FullyShardedDataParallelPlugin()
-    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy())
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     # Accelerate takes the plugin on GPUs only. What it does with it, it can do here as well.
     accelerator.state.fsdp_plugin = plugin
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     assert accelerator.is_fsdp2
     return accelerator
+
+
+def clip_to_shard():
+    clip = tiny_clip()
+    clip.logit_scale = torch.nn.Parameter(clip.logit_scale.detach().reshape(1))  # FSDP2 takes no scalars
+    return clip
 
 
 def train(way, noise, folder, options):
@@ -74,9 +85,7 @@ def train(way, noise, folder, options):
     own = slice(rank * IMAGES // processes, (rank + 1) * IMAGES // processes)
     torch.manual_seed(0)
     config = MoELoraMergeConfig(num_experts=EXPERTS, r=4, lora_dropout=0.0, tasks=["a", "b"], **options)
-    clip = tiny_clip().double()
-    if way == "fsdp":  # which takes no scalars
-        clip.logit_scale = torch.nn.Parameter(clip.logit_scale.detach().reshape(1))
+    clip = (clip_to_shard() if way == "fsdp" else tiny_clip()).double()
     adapted = get_peft_model(clip, config, autocast_adapter_dtype=False)
     own_usage = {}
 
@@ -212,6 +221,34 @@ def test_processes_agree_though_each_draws_noise_of_its_own(way, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_processes_agree(tmp_path)
+
+
+def train_in_bf16():
+    accelerator = sharding_accelerator("bf16")
+    torch.manual_seed(0)
+    model = get_peft_model(clip_to_shard(), MoELoraMergeConfig(num_experts=EXPERTS, r=4))
+    decided = []
+    for routers in model.base_model._routers().values():
+        routers.register_forward_hook(
+            lambda module, args, output: decided.append((module.weight[0].dtype, output[1].dtype))
+        )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    torch.manual_seed(accelerator.process_index)
+    for step in range(3):
+        logits = model(**tiny_batch(images=4, seed=step + 10 * accelerator.process_index)).logits_per_image
+        accelerator.backward(torch.nn.functional.cross_entropy(logits, LABELS[:4]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(decided) == 12 and set(decided) == {(torch.float32, torch.float32)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_routers_decide_in_float32_when_sharded():
+    run_together(2, train_in_bf16)
 
 
 if __name__ == "__main__":

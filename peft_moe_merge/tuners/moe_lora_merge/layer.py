@@ -63,7 +63,7 @@ class ExpertBank(nn.Module):
 
     def expert(self, index: int) -> Expert:
         """Return one expert's tensors, without gradient, sharing their memory unless they are sharded."""
-        return {name: whole(getattr(self, name)[index]) for name in EXPERT_TENSORS}
+        return {name: gathered(getattr(self, name)[index]) for name in EXPERT_TENSORS}
 
     def set_landmark(self) -> None:
         """Measure movement from here.
@@ -132,7 +132,7 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
 
 
-def whole(parameter: Tensor) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
     """Return a parameter without gradient; one that is sharded is put together, for which all processes must call."""
     return parameter.detach().full_tensor() if is_sharded(parameter) else parameter.detach()
 

@@ -31,10 +31,10 @@ from .layer import (
     Linear,
     MoELoraMergeLayer,
     RouterBank,
+    gathered,
     is_sharded,
     overwrite,
     several_processes,
-    whole,
 )
 from .tasks import CarryTasks, TaskIds, TaskState
 from .two_towers import mixed_task_output
@@ -208,7 +208,7 @@ class MoELoraMergeModel(BaseTuner):
         """
         routers = self._of_block(self._routers(), block)
         index = self.peft_config[self._adapter].task_index(task)
-        return {"weight": whole(routers.weight[index]), "noise_weight": whole(routers.noise_weight[index])}
+        return {"weight": gathered(routers.weight[index]), "noise_weight": gathered(routers.noise_weight[index])}
 
     @staticmethod
     def _of_block(banks: dict[str, Any], block: str) -> Any:
@@ -318,7 +318,7 @@ class MoELoraMergeModel(BaseTuner):
                     optimizer.state.pop(parameter, None)
             if config.merge_router_columns == "mean":
                 for parameter in (routers.weight[self._task], routers.noise_weight[self._task]):
-                    weight_DE = whole(parameter)
+                    weight_DE = gathered(parameter)
                     weight_DE[:, merge.target] = weight_DE[:, [merge.first, merge.second]].mean(dim=1)
                     overwrite(parameter, weight_DE)
             merges[name] = merge
