@@ -59,7 +59,7 @@ class RunSettings:
     output_dir: str = setting("runs/mtil", "where checkpoints, results and pictures go")
     resume: bool = setting(False, "go on with the run in the output folder")
     stop_after: int | None = setting(None, "leave after so many tasks; --resume goes on")
-    mixed_precision: str = setting("no", "no, bf16 or fp16")
+    mixed_precision: str | None = setting(None, "no, bf16 or fp16; default: what `accelerate launch` was told, or no")
     cpu: bool = setting(False, "do not use a GPU")
     push_to_hub: str | None = setting(None, "user/name: when done, push the adapter of moe_lora_merge, first seed")
     license: str = setting("apache-2.0", "of the adapter that is pushed")
@@ -92,6 +92,8 @@ def main() -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings), **asdict(selector_settings)}
+    settings["mixed_precision"] = accelerator.mixed_precision
+    del settings["resume"], settings["stop_after"]  # a resumed run leaves what an undisturbed one does
     if run.push_to_hub and accelerator.is_main_process:
         run.push_to_hub = prepare_push(run.push_to_hub)
     if run.log_with:
