@@ -1,9 +1,11 @@
 """Let a CLIP learn a stream of image tasks, and see what it keeps.
 
     accelerate launch examples/mtil.py                     # the embedded benchmark and its small pretrained CLIP
+    accelerate launch examples/mtil.py --suite mtil --model openai/clip-vit-base-patch16 --mixed_precision bf16
     accelerate launch examples/mtil.py --suite my_images --model openai/clip-vit-base-patch16 --mixed_precision bf16
 
-`--suite` takes a folder `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on with `--resume`.
+`mtil` are the benchmark's 11 data sets, from the Hub (docs/mtil.md). `--suite` also takes a folder
+`<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on with `--resume`.
 """
 
 from dataclasses import asdict, dataclass
@@ -32,9 +34,8 @@ from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 FREE = (
     "methods",
     "seeds",
+    "data_dir",
     "output_dir",
-    "resume",
-    "stop_after",
     "log_with",
     "eval_batch_size",
     "num_workers",
@@ -47,10 +48,14 @@ FREE = (
 class RunSettings:
     """What to run, and where."""
 
-    suite: str = setting("mini", "'mini', the embedded benchmark; 'digits'; or a folder of tasks")
+    suite: str = setting(
+        "mini", "'mini', the embedded benchmark; 'digits'; 'mtil', from the Hub; or a folder of tasks"
+    )
     tasks: list[str] | None = setting(None, "which tasks of the suite, in which order; default: all")
     order: str = setting("I", "of the tasks: I, II or random")
     few_shot: int | None = setting(None, "training images per class; default: all")
+    data_dir: str | None = setting(None, "mtil: folder with local copies, <data_dir>/<task>, in place of the Hub")
+    allow_size_mismatch: bool = setting(False, "mtil: go on with other numbers of images than the benchmark's")
     model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; 'untrained': a small one; default: mini's")
     methods: list[str] = setting(
         ["zero_shot", "finetune", "moe_adapters", "moe_lora_merge"], f"any of {', '.join(METHODS)}"
@@ -91,21 +96,25 @@ def main() -> None:
         # a step trains only the experts that were selected in it
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings), **asdict(selector_settings)}
-    settings["mixed_precision"] = accelerator.mixed_precision
-    del settings["resume"], settings["stop_after"]  # a resumed run leaves what an undisturbed one does
     if run.push_to_hub and accelerator.is_main_process:
         run.push_to_hub = prepare_push(run.push_to_hub)
     if run.log_with:
         accelerator.init_trackers("mtil")
-    tasks = load_suite(
-        run.suite,
-        run.tasks,
-        order=run.order,
-        few_shot=run.few_shot,
-        seed=run.seeds[0],
-        progress=accelerator.is_main_process,
-    )
+    with accelerator.main_process_first():  # the others find in the cache what it has downloaded
+        tasks = load_suite(
+            run.suite,
+            run.tasks,
+            order=run.order,
+            few_shot=run.few_shot,
+            seed=run.seeds[0],
+            progress=accelerator.is_main_process,
+            data_dir=run.data_dir,
+            allow_size_mismatch=run.allow_size_mismatch,
+        )
+    stream_settings = stream_settings.for_tasks(tasks)
+    settings = {**asdict(run), **asdict(stream_settings), **asdict(method_settings), **asdict(selector_settings)}
+    settings["mixed_precision"] = accelerator.mixed_precision
+    del settings["resume"], settings["stop_after"]  # a resumed run leaves what an undisturbed one does
     results = extended_results(
         output_dir / "results.json",
         empty_results(run.suite, [task.name for task in tasks], settings),

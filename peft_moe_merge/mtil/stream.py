@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ class StreamSettings:
 
     steps: int = setting(1000, "optimizer steps per task")
     batch_size: int = setting(64, "images per step, over all processes")
-    lr: list[float] = setting([1e-3], "peak learning rate, or one per task")
+    lr: list[float] | None = setting(None, "peak learning rate, or one per task; default: the suite's, else 1e-3")
     weight_decay: float = setting(0.0, "of AdamW")
     warmup_steps: int | None = setting(None, "of the cosine schedule; default: 100, or a tenth of the steps if less")
     crop_scale: float = setting(0.9, "smallest part of an image's area that a random-resized crop keeps")
@@ -49,8 +49,14 @@ class StreamSettings:
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.steps // 10)
 
-    def lr_of(self, position: int) -> float:
+    def for_tasks(self, tasks: list[Task]) -> StreamSettings:
+        """Take the tasks' own learning rates where none is given."""
+        return self if self.lr else replace(self, lr=[task.lr for task in tasks])
+
+    def lr_of(self, position: int, task: Task) -> float:
         """Return the peak learning rate of the task at this position."""
+        if not self.lr:
+            return task.lr
         return self.lr[position] if len(self.lr) > 1 else self.lr[0]
 
 
@@ -88,6 +94,7 @@ def run_stream(
         OSError: a checkpoint could not be written; the one before is whole.
         RuntimeError: with several processes, whatever stopped this one, another's end included.
     """
+    settings = settings.for_tasks(tasks)
     _check(tasks, settings, accelerator)
     output_dir = Path(output_dir)
     set_seed(seed)
@@ -209,7 +216,7 @@ def train_task(
     method.begin_task(task)
     parameters = method.trainable_parameters()
     progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-    lr = method.learning_rate(settings.lr_of(position))
+    lr = method.learning_rate(settings.lr_of(position, task))
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     batches = train_batches(
