@@ -80,6 +80,8 @@ def test_clip_block(tower, expert_input, ids):
     read = x2 if expert_input == "residual" else normalized
     y2 = x2 + layer.base_layer(normalized) + reference_mixture(read, ids, routers, experts, 2, 3.0 / 4)
     torch.testing.assert_close(y1, y2, **TOLERANCE)
+    with torch.no_grad(), model.base_model._routed(torch.tensor(ids)):  # which gathers the experts in another way
+        torch.testing.assert_close(x1 + encoder.mlp(encoder.layer_norm2(x1)), y2, **TOLERANCE)
 
     weights = torch.randn(y1.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     (y1 * weights).sum().backward()
@@ -129,6 +131,8 @@ def test_linear_routed_by_token(shape, ids, dtype):
     actual = model(x) if ids is None else model(x, task_ids=torch.tensor(ids))
     tolerance = TOLERANCE if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(actual, expected, **tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, **({"task_ids": torch.tensor(ids)} if ids else {})), expected, **tolerance)
     expected.square().sum().backward()
     expected_grad, x.grad = x.grad, None
     actual.square().sum().backward()
