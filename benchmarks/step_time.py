@@ -51,9 +51,9 @@ TASKS = 11
 
 VIT_B16 = {"vision_config": {"patch_size": 16}}
 SMALL = {
-    "vision_config": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+    "vision_config": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 3}
     | {"image_size": 112, "patch_size": 16},
-    "text_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2},
+    "text_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2},
     "projection_dim": 64,
 }
 
@@ -104,7 +104,8 @@ class Dispatch(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         logits_BE = x_BLD[:, 0] @ self.router
-        logits_BE = logits_BE + torch.randn_like(logits_BE) * (F.softplus(x_BLD[:, 0] @ self.noise) + 0.01)
+        if self.training:
+            logits_BE = logits_BE + torch.randn_like(logits_BE) * (F.softplus(x_BLD[:, 0] @ self.noise) + 0.01)
         logits_BK, indices_BK = logits_BE.topk(self.top_k)
         expert_S, order_S = indices_BK.flatten().sort(stable=True)
         sample_S = order_S // self.top_k
