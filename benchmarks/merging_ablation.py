@@ -20,11 +20,11 @@ from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.report.statistics import estimate, over_seeds, paired_difference
 from peft_moe_merge.mtil.report.tables import difference, spread
-from peft_moe_merge.mtil.results import empty_results, run_result, write_results
+from peft_moe_merge.mtil.results import add_run, empty_results, run_result, write_results
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 EXPERTS, CYCLE = 20, 20
-STREAM = StreamSettings(steps=60, batch_size=32, lr=[5e-3])
+STREAM = StreamSettings(steps=60, batch_size=32, lr=[2e-2])
 WITHOUT = "no merging"
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
     EXPERTS: {
@@ -103,7 +103,7 @@ def main() -> None:
                     seed=seed,
                     resume=True,
                 )
-                results["methods"].setdefault(f"{experts}: {variant}", []).append(run_result(seed, progress))
+                add_run(results, f"{experts}: {variant}", run_result(seed, progress))
                 write_results(options.output_dir / "results.json", results)
     print_study(results)
 

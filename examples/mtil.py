@@ -20,9 +20,12 @@ from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
-from peft_moe_merge.mtil.results import empty_results, run_result, write_results
+from peft_moe_merge.mtil.results import add_run, empty_results, extended_results, run_result, write_results
 from peft_moe_merge.mtil.settings import setting
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+
+# what may differ between calls whose runs end up in one table
+FREE = ("methods", "seeds", "output_dir", "resume", "stop_after", "log_with", "eval_batch_size", "num_workers")
 
 
 @dataclass
@@ -80,7 +83,11 @@ def main() -> None:
         seed=run.seeds[0],
         progress=accelerator.is_main_process,
     )
-    results = empty_results(run.suite, [task.name for task in tasks], settings)
+    results = extended_results(
+        output_dir / "results.json",
+        empty_results(run.suite, [task.name for task in tasks], settings),
+        may_differ=FREE,
+    )
 
     for name in run.methods:
         for seed in run.seeds:
@@ -95,10 +102,11 @@ def main() -> None:
                 stop_after=run.stop_after,
             )
             if len(progress.matrix) == len(tasks):
-                results["methods"].setdefault(name, []).append(run_result(seed, progress))
+                add_run(results, name, run_result(seed, progress))
             else:
                 accelerator.print(f"{name}, seed {seed}: {len(progress.matrix)} of {len(tasks)} tasks done")
 
+    accelerator.wait_for_everyone()  # no process may still be reading the results of before
     if accelerator.is_main_process and results["methods"]:
         write_results(output_dir / "results.json", results)
         print_results(results)

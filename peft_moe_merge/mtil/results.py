@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,42 @@ def read_results(path: Path) -> dict[str, Any]:
             "writes it anew."
         )
     return results
+
+
+def extended_results(path: Path, results: dict[str, Any], *, may_differ: Collection[str] = ()) -> dict[str, Any]:
+    """Take over the runs that an output folder tells of already, so that more methods and seeds stand beside them.
+
+    Args:
+        path: of `results.json`, which need not exist.
+        results: a document without runs.
+        may_differ: settings that make no difference to what a run comes to.
+
+    Raises:
+        ValueError: the folder's runs are of another suite, or were made with other settings.
+    """
+    if not path.exists():
+        return results
+    before = read_results(path)
+
+    def told(document: dict[str, Any]) -> dict[str, Any]:
+        compared = {name: value for name, value in document["settings"].items() if name not in may_differ}
+        return json.loads(json.dumps({"suite": document["suite"], "tasks": document["tasks"], **compared}))
+
+    was, now = told(before), told(results)
+    changed = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+    if changed:
+        listed = "; ".join(f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"{str(path)!r} tells of runs with other settings: {listed}. Use theirs, so that the runs can be compared, "
+            "or choose another output folder."
+        )
+    return {**results, "methods": before["methods"]}
+
+
+def add_run(results: dict[str, Any], method: str, run: dict[str, Any]) -> None:
+    """Put a run beside the method's runs with other seeds, in their order; it takes the place of one with its own."""
+    others = [other for other in results["methods"].get(method, []) if other["seed"] != run["seed"]]
+    results["methods"][method] = sorted([*others, run], key=lambda run: run["seed"])
 
 
 def _lacking(value: Any, keys: tuple[str, ...]) -> list[str]:

@@ -95,6 +95,9 @@ def run_stream(
         progress, weights = done
         method.load(weights)
 
+    def log(step: int, **values: float) -> None:
+        accelerator.log({f"{method.name}/seed_{seed}/{name}": value for name, value in values.items()}, step=step)
+
     for position, task in enumerate(tasks[:stop_after]):
         if position < len(progress.matrix):
             continue
@@ -102,14 +105,14 @@ def run_stream(
         task_seed = seed + 1_000_003 * (position + 1)
         set_seed(task_seed)
         if method.trains:
-            _train_task(method, task, settings, settings.lr_of(position), task_seed, progress, accelerator)
+            train_task(method, task, settings, position, task_seed, progress, accelerator, log)
         row = [accuracy(method, other, settings, accelerator) for other in tasks]
         progress.matrix.append(row)
         progress.seconds += time.perf_counter() - began
-        if accelerator.trackers:
-            accelerator.log(
-                {f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)}, step=position
-            )
+        log(
+            (position + 1) * settings.steps,
+            **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
+        )
         if accelerator.is_main_process:
             checkpoint.save(output_dir, progress, method.save)
         accelerator.wait_for_everyone()
@@ -128,19 +131,33 @@ def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator
         )
 
 
-def _train_task(
+def train_task(
     method: Method,
     task: Task,
     settings: StreamSettings,
-    lr: float,
+    position: int,
     seed: int,
     progress: Progress,
     accelerator: Accelerator,
+    log: Callable[..., None] = lambda step, **values: None,
 ) -> None:
+    """Let a method learn one task, and note in `progress` how that went.
+
+    Args:
+        method: the learner.
+        task: what it learns.
+        settings: how it trains.
+        position: of the task in its stream, by which it gets its learning rate.
+        seed: of the order of the images.
+        progress: gets the losses, and what the method tells.
+        accelerator: device, precision, processes.
+        log: takes an optimizer step of the stream and named values.
+    """
     method.begin_task(task)
     parameters = method.trainable_parameters()
     progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-    optimizer = torch.optim.AdamW(parameters, lr=method.learning_rate(lr), weight_decay=settings.weight_decay)
+    lr = method.learning_rate(settings.lr_of(position))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     batches = train_batches(
         task.train,
@@ -168,6 +185,7 @@ def _train_task(
         losses.append(loss.detach())
         if len(losses) % 10 == 0:
             bar.set_postfix(loss=f"{losses[-1].item():.3f}")
+            log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     method.end_task()

@@ -170,6 +170,16 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
     assert kinds <= {".safetensors", ".json", ".md"}, "nothing that would need unpickling"
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_learning_rate(name, make):
+    """Experts train at the stream's rate, LoRAs and whole CLIPs at their own."""
+    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5)
+    expected = (
+        4e-3 if name in ("moe_adapters", "moe_lora_merge", "zero_shot") else 3e-5 if "lora_" in f"{name}_" else 2e-5
+    )
+    assert make(name, settings).learning_rate(4e-3) == expected
+
+
 @pytest.mark.parametrize("name", ["finetune", "wise_ft", "lwf", "lwf_vr", "zscl", "icarl"])
 def test_methods_of_all_weights(name, make, tasks, tmp_path):
     method = make(name)
@@ -177,7 +187,6 @@ def test_methods_of_all_weights(name, make, tasks, tmp_path):
     method.begin_task(tasks[0])
     trained = sum(parameter.numel() for parameter in method.trainable_parameters())
     assert trained == sum(parameter.numel() for parameter in method.model.parameters()) - 1, "all but the logit scale"
-    assert make(name, MethodSettings(full_lr=2e-5)).learning_rate(4e-3) == 2e-5
     disturb(method.model)
     method.end_task()
     method.save(tmp_path)

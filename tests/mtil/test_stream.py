@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peft_moe_merge.mtil import checkpoint
 from peft_moe_merge.mtil.clip import load_clip, small_clip
@@ -171,6 +172,26 @@ def test_example(tmp_path):
     assert [step for step, _ in result["merges"][2]] == [5, 10]
     assert (tmp_path / "figures" / "accuracy_moe_lora_merge.png").stat().st_size > 5000
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") >= 6
+
+
+def test_example_adds_to_its_folder(tmp_path):
+    """More methods and seeds stand beside those of before, in tables and trackers; other settings are refused."""
+    common = ("--suite", "digits", "--batch_size", 8, "--output_dir", tmp_path, "--log_with", "tensorboard")
+    launch(*common, "--steps", 10, "--methods", "zero_shot", "--seeds", 1)
+    first = json.loads((tmp_path / "results.json").read_text())["methods"]["zero_shot"]
+    launch(*common, "--steps", 10, "--methods", "zero_shot", "lora", "--seeds", 0, "--resume")
+    methods = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert [run["seed"] for run in methods["zero_shot"]] == [0, 1] and methods["zero_shot"][1] == first[0]
+    assert [run["seed"] for run in methods["lora"]] == [0]
+
+    done = launch(*common, "--steps", 11, "--methods", "finetune", expect=1)
+    assert "steps was 10, is 11" in done.stderr and not (tmp_path / "finetune").exists()
+
+    events = EventAccumulator(str(tmp_path / "mtil")).Reload()
+    losses = events.Scalars("lora/seed_0/loss")
+    assert [scalar.step for scalar in losses] == [10, 20, 30]
+    logged = [scalar.value for scalar in events.Scalars("lora/seed_0/accuracy/digits_0_to_3")]
+    assert logged == pytest.approx([row[0] for row in methods["lora"][0]["matrix"]])
 
 
 def test_example_refuses_before_the_first_step(tmp_path):

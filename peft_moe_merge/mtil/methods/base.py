@@ -41,6 +41,7 @@ class MethodSettings:
         5e-4, "peak learning rate of methods that train all of CLIP's weights; 1e-5 for CLIPs of the usual size"
     )
     lora_r: int = setting(16, "rank of a LoRA")
+    lora_lr: float = setting(5e-3, "peak learning rate of a LoRA")
     wise_alpha: float = setting(0.5, "wise_ft: share of the weights after a task; the rest is of those before it")
     distillation_weight: float = setting(1.0, "lwf, lwf_vr, zscl, icarl: of the distillation loss")
     extra_batch_size: int = setting(
@@ -56,8 +57,9 @@ class MethodSettings:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.wise_alpha <= 1:
             raise ValueError(f"`wise_alpha` must lie in [0, 1], got {self.wise_alpha}.")
-        if self.full_lr <= 0:
-            raise ValueError(f"`full_lr` must be positive, got {self.full_lr}.")
+        for name in ("full_lr", "lora_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.distillation_weight < 0:
             raise ValueError(f"`distillation_weight` must not be negative, got {self.distillation_weight}.")
 
@@ -90,7 +92,7 @@ class Method(ABC):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def learning_rate(self, lr: float) -> float:
-        """Return the peak learning rate for a task where the stream suggests `lr`, which suits adapters."""
+        """Return the peak learning rate for a task where the stream suggests `lr`, which suits experts."""
         return lr
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

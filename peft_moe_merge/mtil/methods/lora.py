@@ -28,6 +28,9 @@ class Lora(Method):
         if not isinstance(self.model, PeftModel):
             self.model = get_peft_model(self.model, lora_config(self.settings.lora_r))
 
+    def learning_rate(self, lr: float) -> float:
+        return self.settings.lora_lr
+
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
 

@@ -49,6 +49,9 @@ class LoraPerTask(Method):
         else:
             self.model.base_model.disable_adapter_layers()
 
+    def learning_rate(self, lr: float) -> float:
+        return self.settings.lora_lr
+
     def save(self, folder: Path) -> None:
         self._switch_to(self.learnt[-1])
         self.model.save_pretrained(folder)  # each adapter in a folder of its own

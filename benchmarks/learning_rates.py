@@ -1,0 +1,72 @@
+"""Which peak learning rate suits which kind of method, on images that are neither trained on nor tested on.
+
+    python benchmarks/learning_rates.py [--steps 60] [--tasks aerial digits food] [--seeds 0 1]
+
+A fifth of each task's training images is held out. Each task is learnt by itself, from the pretrained CLIP, at every rate of a
+grid; printed is the mean accuracy on the held-out images. The rates that `make demo` and docs/merging.md use were chosen so, for
+all methods alike.
+"""
+
+import argparse
+from dataclasses import replace
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+
+from peft_moe_merge.mtil.checkpoint import Progress
+from peft_moe_merge.mtil.clip import load_clip
+from peft_moe_merge.mtil.data.mini import mini_clip_path
+from peft_moe_merge.mtil.data.suites import load_suite
+from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.report.statistics import estimate
+from peft_moe_merge.mtil.report.tables import spread
+from peft_moe_merge.mtil.stream import StreamSettings, accuracy, train_task
+
+GRID = {
+    "moe_adapters": [5e-3, 1e-2, 2e-2, 4e-2],
+    "lora": [2.5e-3, 5e-3, 1e-2],
+    "finetune": [2.5e-4, 5e-4, 1e-3],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--num_experts", type=int, default=20)
+    parser.add_argument("--tasks", nargs="+", default=["aerial", "digits", "food"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+
+    accelerator = Accelerator()
+    held_out = []
+    for task in load_suite("mini", options.tasks):
+        parts = task.train.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
+        held_out.append(replace(task, train=parts["train"], test=parts["test"]))
+
+    table = Table(title=f"{options.steps} steps: held-out accuracy in %, mean ± deviation over seeds")
+    for column in ("method", "learning rate", *options.tasks, "mean"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, rates in GRID.items():
+        for rate in rates:
+            stream = StreamSettings(steps=options.steps, batch_size=options.batch_size, lr=[rate])
+            settings = MethodSettings(num_experts=options.num_experts, full_lr=rate, lora_lr=rate)
+            accuracies = []
+            for seed in options.seeds:
+                accuracies.append([])
+                for task in held_out:
+                    set_seed(seed)
+                    method = METHODS[name](*load_clip(mini_clip_path()), settings)
+                    train_task(method, task, stream, 0, seed, Progress({}), accelerator)
+                    accuracies[-1].append(accuracy(method, task, stream, accelerator))
+            columns = [*zip(*accuracies, strict=True), [sum(row) / len(row) for row in accuracies]]
+            table.add_row(name, f"{rate:g}", *(spread(estimate(column)) for column in columns))
+            print(name, rate, accuracies, flush=True)
+        table.add_section()
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
