@@ -429,7 +429,8 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             routers.decisions = []
         x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         alike = self.reads_prompts and self.tasks.prompts_start_alike
-        if self.moe_lora_routing[adapter_name] == "token":
+        by_token = self.moe_lora_routing[adapter_name] == "token"
+        if by_token:
             # every token is a sample of its own
             routed, x_BLD, alike = routed.tokens(x_BLD.shape[1]), x_BLD.reshape(-1, 1, x.shape[-1]), False
         start_GD = x_BLD[:, 0] if routed.rows_N is None else x_BLD[routed.rows_N, 0]
@@ -445,7 +446,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             indices_GK, gates_GK = indices_GK[routed.position_N], gates_GK[routed.position_N]
         if self.training:
             self._count(routers, routed, indices_GK, samples // indices_GK.shape[0])
-        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, experts.frozen.numel()))
+        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, experts.frozen.numel(), by_token))
 
     @torch.compiler.disable  # which can't know of the backward pass
     def _count(self, routers: RouterBank, routed: Routed, indices_GK: Tensor, times: int) -> None:
