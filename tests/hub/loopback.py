@@ -567,7 +567,7 @@ class _Interface(_Handler):
         if not file.large:
             return self.send_file(file.sha256, headers)
         headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
-        location = f"{self.hub.storage_url}/{file.sha256}?{urlencode({'name': path})}"
+        location = f"{self.hub.storage_url}/{file.sha256}?{urlencode({'repo': repo.name, 'name': path})}"
         return self.send(302, headers=headers | {"Location": location})
 
     def preupload(self, repo: Repo, revision: str) -> None:
