@@ -8,12 +8,16 @@ the same result.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .whole import whole
+
+SELECTORS = "selectors"
+"""The folder in a checkpoint in which a run's task selectors are."""
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Progress:
         merges: per learnt task, the steps at which experts merged and what became of them.
         frozen: per learnt task, the frozen experts of each block after it.
         usage: per learnt task, how often its router selected each expert of each block in training.
+        selection: per learnt task, what came of choosing the task by each selector.
+        selector_bytes: per selector, how much a task adds to it.
         trainable_parameters: of the largest task.
         stored_bytes: that the method's weights take on disk.
     """
@@ -39,29 +45,43 @@ class Progress:
     merges: list[Any] = field(default_factory=list)
     frozen: list[Any] = field(default_factory=list)
     usage: list[Any] = field(default_factory=list)
+    selection: list[Any] = field(default_factory=list)
+    selector_bytes: dict[str, int] = field(default_factory=dict)
     trainable_parameters: int = 0
     stored_bytes: int = 0
 
 
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint of the latest task, if there is any."""
-    checkpoints = [path for path in folder.glob("after_*") if path.suffix != ".partial"]
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("after_")), default=None)
+    return max(_checkpoints(folder), key=lambda path: int(path.name.removeprefix("after_")), default=None)
 
 
-def save(folder: Path, progress: Progress, write_weights: Callable[[Path], None]) -> None:
-    """Write the checkpoint of the task just learnt, then drop the one before. It appears whole or not at all."""
-    final = folder / f"after_{len(progress.matrix)}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_weights(partial)
-    progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
-    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
-    before = newest(folder)
-    os.replace(partial, final)
-    if before is not None:
-        shutil.rmtree(before)
+def _checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints that are whole; several if a process was killed before it dropped the older ones."""
+    return [path for path in folder.glob("after_*") if path.suffix != ".partial"]
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    write_weights: Callable[[Path], None],
+    write_selectors: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the checkpoint of the task just learnt, then drop those before. It appears whole or not at all.
+
+    Raises:
+        OSError: it could not be written, say for want of space. The one before is as it was.
+    """
+    before = _checkpoints(folder)
+    with whole(folder / f"after_{len(progress.matrix)}") as partial:
+        partial.mkdir(parents=True)
+        write_weights(partial)
+        progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
+        if write_selectors is not None:
+            write_selectors(partial / SELECTORS)
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+    for checkpoint in before:
+        shutil.rmtree(checkpoint)
 
 
 def load(folder: Path, settings: dict[str, Any]) -> tuple[Progress, Path] | None:

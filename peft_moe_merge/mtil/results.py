@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from .checkpoint import Progress
 from .metrics.mtil import stream_metrics
+from .whole import whole
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
 KEYS = ("suite", "tasks", "settings", "versions", "methods")
@@ -46,8 +46,40 @@ def run_result(seed: int, progress: Progress) -> dict[str, Any]:
             "merges": progress.merges,
             "frozen": progress.frozen,
             "usage": progress.usage,
+            "selection": selection_result(progress),
         }
     )
+
+
+def selection_result(progress: Progress) -> dict[str, Any]:
+    """Sum up what came of choosing tasks by selectors.
+
+    Returns:
+        Per selector and decision (`per_image`, `per_batch`) the stream's metrics as if these were a method; per learnt
+        task the `confusion` (data sets x (tasks + none), counts), `selected_right` (percent per data set) and `auroc`
+        of telling tasks not learnt yet from the others; and per selector `bytes_per_task`.
+    """
+    result: dict[str, Any] = {}
+    for name, added in progress.selector_bytes.items():
+        result[name] = {"bytes_per_task": added}
+        for decision in progress.selection[0][name]:
+            stages = [told[name][decision] for told in progress.selection]
+            matrix = [stage["accuracies"] for stage in stages]
+            result[name][decision] = {
+                "matrix": matrix,
+                **stream_metrics(matrix),
+                "confusion": [stage["confusion"] for stage in stages],
+                "selected_right": [
+                    selected_right(stage["confusion"], learnt) for learnt, stage in enumerate(stages, start=1)
+                ],
+                "auroc": [stage["auroc"] for stage in stages],
+            }
+    return result
+
+
+def selected_right(confusion: list[list[int]], learnt: int) -> list[float]:
+    """Per data set, how many percent of its images got what they should: their own task, or none if it is not learnt."""
+    return [100.0 * row[task if task < learnt else -1] / sum(row) for task, row in enumerate(confusion)]
 
 
 def without_nan(value: Any) -> Any:
@@ -64,10 +96,10 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a number is NaN or infinite.
+        OSError: it could not be written, say for want of space. What was there before is as it was.
     """
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(results, indent=1, allow_nan=False))
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -64,6 +64,13 @@ def draw_all(results: dict[str, Any]) -> Pictures:
                 accuracy_figure(tasks, runs),
                 f"{name}: accuracy in percent, {_seeds(runs)}; on and below the diagonal the task has been learnt",
             )
+        for name, runs in results["methods"].items():
+            for selector in runs[0].get("selection") or {}:
+                pictures[f"selection_{name}_{selector}"] = (
+                    confusion_figure(tasks, runs, selector),
+                    f"{name}: tasks that {selector} chose, image by image, in percent of a data set's images, "
+                    f"{_seeds(runs)}; half-way and at the end",
+                )
         for what, draw, caption in inside:
             for name, runs in results["methods"].items():
                 shown = runs[:1] if what in ("usage", "merges") else runs
@@ -97,6 +104,19 @@ def accuracy_figure(tasks: list[str], runs: Runs) -> Figure:
     axes = figure.subplots()
     _heat_map(axes, mean_matrix(runs), tasks, tasks, "accuracy (%)", high=100)
     axes.set(xlabel="tested on", ylabel="after training")
+    return figure
+
+
+def confusion_figure(tasks: list[str], runs: Runs, selector: str) -> Figure:
+    """Draw which tasks a selector chose for the images of each data set, half-way through the stream and at its end."""
+    counts_LJN = np.mean([run["selection"][selector]["per_image"]["confusion"] for run in runs], axis=0)
+    share_LJN = 100 * counts_LJN / counts_LJN.sum(axis=2, keepdims=True)
+    stages = sorted({max(0, len(tasks) // 2 - 1), len(tasks) - 1})
+    figure = Figure(figsize=(3 + 0.6 * len(tasks), 1.8 + 0.4 * len(tasks) * len(stages)), layout="constrained")
+    for axes, stage in zip(figure.subplots(len(stages), 1, squeeze=False).flat, stages, strict=True):
+        _heat_map(axes, share_LJN[stage], [*tasks, "none"], tasks, "chosen (%)", high=100)
+        axes.set(title=f"after {tasks[stage]}, task {stage + 1} of {len(tasks)}", ylabel="images from")
+    axes.set(xlabel="task chosen")
     return figure
 
 

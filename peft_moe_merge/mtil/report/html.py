@@ -9,9 +9,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .anchors import anchor_notes
 from .figures import draw_all
 from .statistics import BASELINE
-from .tables import COMPARED, Rows, matrix_rows, summary_caption, summary_rows, task_rows
+from .tables import (
+    COMPARED,
+    SELECTION_CAPTION,
+    Rows,
+    matrix_rows,
+    selected_rows,
+    selection_rows,
+    summary_caption,
+    summary_rows,
+    task_rows,
+)
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 70rem; margin: 3rem auto; padding: 0 1.5rem; color: #1d2329; background: #fff; }
@@ -27,6 +38,7 @@ DPI = 144
 SECTIONS = {
     "metrics": "Transfer, Average, Last",
     "accuracy": "Accuracy after each task",
+    "selection": "Which task is an image from?",
     "frozen": "Frozen experts",
     "usage": "Which experts a task uses",
     "merges": "Merges",
@@ -72,6 +84,9 @@ def report_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, str]],
         f"<p class='note'>{escape(summary_caption(results, baseline))} Transfer: accuracy on a task before it is learnt; "
         "Average: over the whole stream; Last: at its end; Forgetting: what is lost of the best.</p>",
     ]
+    if rows := selection_rows(results):
+        parts += ["<h2>Choosing the task</h2>", _table(rows), f"<p class='note'>{escape(SELECTION_CAPTION)}</p>"]
+        parts += ["<h3>Own task chosen when all are learnt, percent</h3>", _table(selected_rows(results))]
     for kind, heading in SECTIONS.items():
         shown = {name: picture for name, picture in pictures.items() if name == kind or name.startswith(f"{kind}_")}
         if shown:
@@ -79,6 +94,7 @@ def report_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, str]],
     parts.append("<h2>Per task</h2>")
     for metric in COMPARED:
         parts += [f"<h3>{metric.capitalize()}</h3>", _table(task_rows(results, metric))]
+    parts += [f"<p class='note'>{escape(note)}</p>" for note in anchor_notes(results)]
     for name, runs in results["methods"].items():
         if len(runs) == 1:
             parts += [f"<h3>{escape(name)}: accuracy matrix</h3>", _table(matrix_rows(results["tasks"], runs[0]))]

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import METRICS
-from .statistics import BASELINE, Estimate, over_seeds, paired_difference, per_task
+from .anchors import anchor_notes, anchor_values
+from .statistics import BASELINE, Estimate, estimate, over_seeds, paired_difference, per_task
 
 Rows = list[list[str]]
 COMPARED = METRICS[:3]  # what the paper's tables show
@@ -28,10 +29,16 @@ def matrix_rows(tasks: list[str], run: dict[str, Any]) -> Rows:
 
 
 def task_rows(results: dict[str, Any], metric: str) -> Rows:
-    """Lay out a metric of every method, per task and in the mean, with the standard deviation over seeds."""
+    """Lay out a metric of every method, per task and in the mean, with the standard deviation over seeds.
+
+    Below them the published numbers, if there are any.
+    """
     rows = [["method", *results["tasks"], "mean"]]
     for name, runs in results["methods"].items():
         rows.append([name, *map(spread, per_task(runs, metric)), spread(over_seeds(runs, metric))])
+    for label, values in anchor_values(results, metric).items():
+        known = [value for value in values if value is not None]
+        rows.append([label, *map(number, values), number(sum(known) / len(known) if known else None)])
     return rows
 
 
@@ -54,6 +61,72 @@ def summary_rows(results: dict[str, Any], baseline: str = BASELINE) -> Rows:
     return rows
 
 
+def selection_rows(results: dict[str, Any]) -> Rows:
+    """Lay out one row per method, selector and decision: what the metrics become when nobody names the task.
+
+    Empty if no run tells of selectors. "right" counts all data sets and stages: the own task, or none if not learnt.
+    """
+    rows = []
+    for method, runs in results["methods"].items():
+        names = runs[0].get("selection") or {}
+        if not names:
+            continue
+        truth = [spread(over_seeds(runs, metric), 2) for metric in COMPARED]
+        rows.append([method, "the true task", "", *truth, "", "100.0", "-", ""])
+        for name in names:
+            for decision, label in (("per_image", "per image"), ("per_batch", batch_label(results))):
+                told = [run["selection"][name][decision] for run in runs]
+                right = estimate(
+                    [_mean([share for stage in one["selected_right"] for share in stage]) for one in told]
+                )
+                auroc = estimate([_mean([value for value in one["auroc"] if value is not None]) for one in told])
+                gap = estimate([one["last"] - run["last"] for one, run in zip(told, runs, strict=True)])
+                rows.append(
+                    [
+                        method,
+                        name,
+                        label,
+                        *(spread(over_seeds(told, metric), 2) for metric in COMPARED),
+                        "" if gap.mean is None else f"{gap.mean:+.2f}",
+                        spread(right),
+                        spread(auroc, 3),
+                        f"{runs[0]['selection'][name]['bytes_per_task']:,}",
+                    ]
+                )
+    heading = ["method", "task chosen by", "decided", *map(str.capitalize, COMPARED), "Δ Last"]
+    return [[*heading, "right %", "AUROC of none", "bytes a task"], *rows] if rows else []
+
+
+def selected_rows(results: dict[str, Any]) -> Rows:
+    """Lay out, per selector and decision, how many percent of each task's images got their task when all are learnt."""
+    rows = [["method", "task chosen by", "decided", *results["tasks"], "mean"]]
+    for method, runs in results["methods"].items():
+        for name in runs[0].get("selection") or {}:
+            for decision, label in (("per_image", "per image"), ("per_batch", batch_label(results))):
+                shares = zip(*(run["selection"][name][decision]["selected_right"][-1] for run in runs), strict=True)
+                estimates = [estimate(values) for values in shares]
+                mean = number(_mean([one.mean for one in estimates]))
+                rows.append([method, name, label, *(number(one.mean) for one in estimates), mean])
+    return rows
+
+
+def batch_label(results: dict[str, Any]) -> str:
+    """Name the decision for many images at once by their number."""
+    return f"per batch of {results['settings'].get('selector_batch', '?')}"
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+SELECTION_CAPTION = (
+    "Nobody names the task: a selector chooses it, or none of them, which is plain CLIP. Δ Last: to the true task. "
+    "right: the own task, or none if it is not learnt yet, over all data sets and stages. AUROC: telling images of "
+    "tasks not learnt yet from the others, mean over stages. Deciding a batch of one data set together is far easier "
+    "than deciding image by image."
+)
+
+
 def summary_caption(results: dict[str, Any], baseline: str = BASELINE) -> str:
     """Say what the numbers of `summary_rows` are."""
     text = "Percent; mean ± standard deviation over seeds; minutes and megabytes are those of one run. "
@@ -67,20 +140,20 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def spread(estimate: Estimate, digits: int = 1) -> str:
+def spread(known: Estimate, digits: int = 1) -> str:
     """Write a mean with its standard deviation, if there is one."""
-    if estimate.mean is None:
+    if known.mean is None:
         return "-"
-    deviation = "" if estimate.std is None else f" ±{estimate.std:.{digits}f}"
-    return f"{estimate.mean:.{digits}f}{deviation}"
+    deviation = "" if known.std is None else f" ±{known.std:.{digits}f}"
+    return f"{known.mean:.{digits}f}{deviation}"
 
 
-def difference(estimate: Estimate) -> str:
+def difference(known: Estimate) -> str:
     """Write a difference with its interval, if there is one."""
-    if estimate.mean is None:
+    if known.mean is None:
         return "-"
-    interval = "" if estimate.low is None else f" [{estimate.low:+.2f},{estimate.high:+.2f}]"
-    return f"{estimate.mean:+.2f}{interval}"
+    interval = "" if known.low is None else f" [{known.low:+.2f},{known.high:+.2f}]"
+    return f"{known.mean:+.2f}{interval}"
 
 
 def print_results(results: dict[str, Any], console: Console | None = None, baseline: str = BASELINE) -> None:
@@ -97,6 +170,11 @@ def print_results(results: dict[str, Any], console: Console | None = None, basel
             )
     for metric in COMPARED:
         console.print(_table(task_rows(results, metric), metric.capitalize(), "accuracy in %"))
+    if rows := selection_rows(results):
+        console.print(_table(selected_rows(results), "Own task chosen when all are learnt", "in % of a task's images"))
+        console.print(_table(rows, "Choosing the task", SELECTION_CAPTION))
+    for note in anchor_notes(results):
+        console.print(Text(note))
     console.print(
         _table(summary_rows(results, baseline), f"suite {results['suite']}", summary_caption(results, baseline))
     )

@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
-
-from peft import PeftConfig
+from typing import Any, Literal
 
 from peft_moe_merge.merging import PAIRS, STRATEGIES
 from peft_moe_merge.registration import peft_type
+from peft_moe_merge.selection.base import Selector
+from peft_moe_merge.selection.files import load_selector, remove_selector, save_selector
+from peft_moe_merge.tuners.adapter_config import AdapterConfig
 
 FORMAT_VERSION = 1
 """Version of the adapter files that this release writes; it reads all up to this one."""
 
 
 @dataclass
-class MoELoraMergeConfig(PeftConfig):
+class MoELoraMergeConfig(AdapterConfig):
     """Configuration of [`MoELoraMergeModel`]: a mixture of LoRA experts with one router per task.
 
     With its defaults it adapts all encoder MLP blocks of a CLIP model as arXiv 2405.11530 does (55 experts, two per
@@ -46,7 +47,12 @@ class MoELoraMergeConfig(PeftConfig):
         router_balance_loss: weight of a loss that spreads a task's samples over the experts; 0 is off. With this or the
             next, add `model.auxiliary_loss()` to the loss.
         router_locality_loss: weight of a loss that keeps the router off experts that have moved far; 0 is off.
+        selector: kind of the task selector in the adapter's folder, if there is one; set by `model.attach_selector`.
         format_version: version of the adapter's files; set by the library.
+
+    Attributes:
+        task_selector: the selector itself. It is no field: it has files of its own, which are saved and loaded with
+            this configuration's.
 
     Raises:
         ValueError: for values that contradict themselves or one another, and for files of a newer release.
@@ -93,6 +99,7 @@ class MoELoraMergeConfig(PeftConfig):
     )
     router_balance_loss: float = field(default=0.0, metadata={"help": "Weight of the load balance loss."})
     router_locality_loss: float = field(default=0.0, metadata={"help": "Weight of the locality loss."})
+    selector: str | None = field(default=None, metadata={"help": "Kind of the attached task selector."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter's files."})
 
     def __new__(cls, *args, **kwargs):
@@ -110,6 +117,7 @@ class MoELoraMergeConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type("MOE_LORA_MERGE")
+        self.task_selector: Selector | None = None
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This adapter has format_version={self.format_version}; this release of peft_moe_merge reads up to "
@@ -171,6 +179,50 @@ class MoELoraMergeConfig(PeftConfig):
         if task not in self.tasks:
             raise ValueError(f"Unknown task {task!r}. Tasks with a router: {self.tasks}. Add one by `add_task(name)`.")
         return self.tasks.index(task)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and the attached selector beside it."""
+        if self.task_selector is not None:
+            check_selector(self.task_selector, self.tasks, may_lag=True)
+            save_selector(self.task_selector, save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+        if self.task_selector is None:
+            remove_selector(save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> MoELoraMergeConfig:
+        """Read the configuration, and the selector beside it if it has one.
+
+        Raises:
+            FileNotFoundError: the selector is missing.
+            ValueError: a file is damaged, or the selector knows other tasks than the adapter.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if config.selector is not None:
+            hub, *_ = cls._split_kwargs(kwargs)
+            config.task_selector = load_selector(pretrained_model_name_or_path, subfolder, **hub)
+            check_selector(config.task_selector, config.tasks, may_lag=True)
+        return config
+
+
+def check_selector(selector: Selector, tasks: list[str], may_lag: bool = False) -> None:
+    """Check that a selector chooses between an adapter's tasks: the same ones in the same order.
+
+    Args:
+        selector: to check.
+        tasks: the adapter's.
+        may_lag: the last tasks may lack, as they do while a new task trains.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if selector.tasks != (tasks[: len(selector.tasks)] if may_lag else tasks):
+        raise ValueError(
+            f"The selector knows the tasks {selector.tasks}, the adapter has {tasks}. They must be the same in the same "
+            "order: `selector.fit(task, features)` each task of the adapter, then `model.attach_selector(selector)`."
+        )
 
 
 def check_new_task(task: str, existing: list[str]) -> None:

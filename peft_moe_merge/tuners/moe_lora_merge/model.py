@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,10 @@ from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTe
 from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
 from peft_moe_merge.routing import selection_counts
 from peft_moe_merge.routing_losses import balance_loss, locality_loss
+from peft_moe_merge.selection.base import Selector
+from peft_moe_merge.selection.features import FeatureSource
 
-from .config import MoELoraMergeConfig, check_new_task
+from .config import MoELoraMergeConfig, check_new_task, check_selector
 from .layer import (
     EXPERT_TENSORS,
     MLP,
@@ -31,6 +33,9 @@ from .layer import (
     Linear,
     MoELoraMergeLayer,
     RouterBank,
+    gathered,
+    is_sharded,
+    overwrite,
     several_processes,
 )
 from .tasks import CarryTasks, TaskIds, TaskState
@@ -46,7 +51,8 @@ class MoELoraMergeModel(BaseTuner):
     act on the active adapter. Blocks are named by the targeted module, e.g. `"vision_model.encoder.layers.0.mlp"`.
 
     Calling the model accepts one more argument, `task_ids` (LongTensor of shape B): the task of each sample, by its
-    index in `config.tasks`, or -1 for the model without experts. Without it, the current task (`set_task`) routes all.
+    index in `config.tasks`, or -1 for the model without experts. Without it, an attached selector chooses for each image
+    outside of training (`attach_selector`); without that too, the current task (`set_task`) routes all.
     In a `CLIPModel` whose images have different tasks, each image is scored against the prompts as its own task encodes
     them, and `text_embeds` is B x N x P.
     """
@@ -181,7 +187,7 @@ class MoELoraMergeModel(BaseTuner):
         return {name: layer.moe_lora_routers[self._adapter] for name, layer in self._adapted().items()}
 
     def expert_parameters(self, block: str, expert: int) -> dict[str, Tensor]:
-        """Return one expert's tensors, as views without gradient.
+        """Return one expert's tensors, as views without gradient; as copies where they are sharded, then all must call.
 
         Returns:
             `down_weight` D x r, `down_bias` r, `up_weight` r x D, `up_bias` D.
@@ -205,7 +211,7 @@ class MoELoraMergeModel(BaseTuner):
         """
         routers = self._of_block(self._routers(), block)
         index = self.peft_config[self._adapter].task_index(task)
-        return {"weight": routers.weight[index].detach(), "noise_weight": routers.noise_weight[index].detach()}
+        return {"weight": gathered(routers.weight[index]), "noise_weight": gathered(routers.noise_weight[index])}
 
     @staticmethod
     def _of_block(banks: dict[str, Any], block: str) -> Any:
@@ -239,6 +245,7 @@ class MoELoraMergeModel(BaseTuner):
 
         Raises:
             ValueError: the name is taken or empty.
+            RuntimeError: the model is sharded.
         """
         config = self.peft_config[self._adapter]
         check_new_task(task, config.tasks)
@@ -246,6 +253,61 @@ class MoELoraMergeModel(BaseTuner):
             routers.add_task()
         config.tasks = [*config.tasks, task]
         self._train_what_may_train()
+
+    # ---------------------------------------------------------------------------------------------- choosing the task
+
+    def attach_selector(self, selector: Selector | None) -> None:
+        """Let a selector choose each image's task from now on; None takes it away again.
+
+        It chooses outside of training, in calls with images and without `task_ids`. It comes before the current task:
+        `set_task` then matters for training and for text alone. The adapter is saved and loaded with its selector.
+
+        Raises:
+            ValueError: the selector and the adapter have different tasks.
+        """
+        config = self.peft_config[self._adapter]
+        if selector is not None:
+            check_selector(selector, config.tasks)
+        config.task_selector = selector
+        config.selector = None if selector is None else selector.kind
+
+    @property
+    def task_selector(self) -> Selector | None:
+        """The selector attached to the active adapter."""
+        selectors = [self.peft_config[name].task_selector for name in self.active_adapters]
+        return selectors[0] if len(selectors) == 1 else None
+
+    def select_tasks(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> tuple[Tensor, Tensor]:
+        """Choose a task for each image as a call of the model would.
+
+        Returns:
+            task_ids LongTensor[B], -1 for the model without experts, and scores FloatTensor[B, T].
+
+        Raises:
+            RuntimeError: no selector is attached.
+            ValueError: a task was added that the selector does not know yet.
+        """
+        selector = self.task_selector
+        if selector is None:
+            raise RuntimeError("No selector is attached to the active adapter: `model.attach_selector(selector)`.")
+        check_selector(selector, self.peft_config[self._adapter].tasks)
+        return selector.select(self.frozen_features(selector.source, pixel_values, interpolate_pos_encoding))
+
+    @torch.no_grad()
+    def frozen_features(
+        self, source: FeatureSource, pixel_values: Tensor, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
+        """Compute a selector's features B x F of images, by the model without experts."""
+        with self.tasks.during(ids=None, current=dict.fromkeys(self.tasks.current)):
+            return source(self.model, pixel_values, interpolate_pos_encoding)
+
+    def _chosen(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        if self.training or self.task_selector is None or not self._enabled():
+            return None
+        inputs = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+        pixels = inputs.get("pixel_values")
+        further = {**inputs, **inputs.get("kwargs", {})}
+        return None if pixels is None else self.select_tasks(pixels, further.get("interpolate_pos_encoding", False))[0]
 
     # -------------------------------------------------------------------------------- counting, merging, freezing
 
@@ -274,6 +336,11 @@ class MoELoraMergeModel(BaseTuner):
             dist.all_reduce(counts_NTE)
         for routers, counts_TE in zip(banks, counts_NTE, strict=True):
             routers.usage += counts_TE.to(routers.usage.device)
+
+    def forget_unshared_usage(self) -> None:
+        """Drop what this process has counted since counts were last shared: a step that was not taken."""
+        for routers in self._routers().values():
+            routers.take_unshared_usage()
 
     def reset_expert_usage(self) -> None:
         """Start counting the current task's selections at zero."""
@@ -304,12 +371,14 @@ class MoELoraMergeModel(BaseTuner):
             union = STRATEGIES[config.merge_strategy](experts.expert(merge.first), experts.expert(merge.second))
             for tensor in EXPERT_TENSORS:
                 parameter = getattr(experts, tensor)[merge.target]
-                parameter.copy_(union[tensor])
+                overwrite(parameter, union[tensor])
                 if optimizer is not None:
                     optimizer.state.pop(parameter, None)
             if config.merge_router_columns == "mean":
-                for weight_DE in (routers.weight[self._task], routers.noise_weight[self._task]):
+                for parameter in (routers.weight[self._task], routers.noise_weight[self._task]):
+                    weight_DE = gathered(parameter)
                     weight_DE[:, merge.target] = weight_DE[:, [merge.first, merge.second]].mean(dim=1)
+                    overwrite(parameter, weight_DE)
             merges[name] = merge
         return merges
 
@@ -448,6 +517,7 @@ class MoELoraMergeModel(BaseTuner):
         baked_config = copy.deepcopy(config)
         baked_config.tasks, baked_config.current_task, baked_config.num_experts = [task], task, num_experts
         baked_config.inference_mode = True
+        baked_config.task_selector = baked_config.selector = None  # there is nothing left to choose
         baked = get_peft_model(copy.deepcopy(self).unload(), baked_config, autocast_adapter_dtype=False).eval()
         with torch.no_grad():
             for name, layer in baked.base_model._adapted().items():
@@ -470,6 +540,8 @@ class MoELoraMergeModel(BaseTuner):
 
     def get_image_features(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the base model's method of this name; `task_ids` as in a call of the model, one per image."""
+        if task_ids is None:
+            task_ids = self._chosen(self.model.get_image_features, args, kwargs)
         with self._routed(task_ids):
             return self.model.get_image_features(*args, **kwargs)
 
@@ -477,6 +549,13 @@ class MoELoraMergeModel(BaseTuner):
         """Call the base model's method of this name; `task_ids` as in a call of the model, one per prompt."""
         with self._routed(task_ids):
             return self.model.get_text_features(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the base model's, or None for a `CLIPModel`, which has two and raises; Accelerate asks when it shards."""
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
 
     @contextmanager
     def _routed(self, task_ids: Tensor | None) -> Iterator[None]:
@@ -495,10 +574,21 @@ class MoELoraMergeModel(BaseTuner):
             if layer.gradient_checkpointing and not isinstance(function, CarryTasks):
                 layer._gradient_checkpointing_func = CarryTasks(function, self.tasks)
 
+    def _notice_sharding(self) -> None:
+        # A block's parameters are whole while the block runs; whether they are sharded shows before.
+        if self.training and several_processes():
+            for layer in self._layers().values():
+                for experts in layer.moe_lora_experts.values():
+                    experts.sharded = is_sharded(experts.down_weight[0])
+
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        ids = self._check_task_ids(kwargs.pop("task_ids", None))
+        task_ids = kwargs.pop("task_ids", None)
+        if task_ids is None:
+            task_ids = self._chosen(model.forward, args, kwargs)
+        ids = self._check_task_ids(task_ids)
         self._checkpoint_with_tasks()
+        self._notice_sharding()
         self.tasks.ids, self.tasks.prompt_ids = ids, None
         if ids is None or not isinstance(model, CLIPModel):
             return args, kwargs
@@ -599,9 +689,19 @@ class MoELoraMergeModel(BaseTuner):
             for key, tensor in own.items()
             if key in state_dict and state_dict[key].shape != tensor.shape
         ]
+        mistyped = [  # a header may call floats integers, of the same size
+            f"{key} is {state_dict[key].dtype}, expected {tensor.dtype}"
+            for key, tensor in own.items()
+            if key in state_dict and state_dict[key].is_floating_point() != tensor.is_floating_point()
+        ]
         problems = [
             f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of a wrong shape", misshapen),
+                ("of a wrong type", mistyped),
+            )
             if keys
         ]
         if problems:

@@ -1,0 +1,152 @@
+"""What choosing the task costs at inference: plain CLIP's image pass against choosing a task per image and routing by it.
+
+    python benchmarks/selection_cost.py [--quick] [--rounds 9] [--batch 16] [--threads N] [--output cost.json]
+
+A ViT-B/16 with random weights, 11 tasks, 55 experts a block; with `--quick` a much smaller model. All contestants run once
+per round, in an order that moves on by one each round; printed are medians over rounds of the ratio to plain CLIP in the
+same round, with the quartiles. Images are spread evenly over all tasks and "none", which is the dearest case for routing.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPConfig, CLIPModel
+
+from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge.selection import AutoencoderSelector, GaussianSelector, ImageFeatures, PatchTokens, Selector
+
+TASKS = 11
+TARGET = 1.25
+SIZES = {
+    # width, layers, heads, image size, patch size, experts, expert rank
+    "vit-b/16": (768, 12, 12, 224, 16, 55, 64),
+    "quick": (192, 12, 3, 64, 16, 8, 16),
+}
+
+
+def adapted_clip(size: str) -> PeftModel:
+    """Make a CLIP with 11 tasks whose routers and experts are random, as if they had learnt."""
+    width, layers, heads, image_size, patch_size, experts, rank = SIZES[size]
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512))
+    tasks = [f"task {number}" for number in range(TASKS)]
+    config = MoELoraMergeConfig(num_experts=experts, r=rank, tasks=tasks, init_weights=False)
+    model = get_peft_model(clip, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "routers" in name:
+                parameter.normal_()
+    return model
+
+
+def fitted(selector: Selector, model: PeftModel, pixels: torch.Tensor) -> Selector:
+    """Fit a selector to random features of the right width, 11 tasks that lie apart."""
+    features = model.frozen_features(selector.source, pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for task in range(TASKS):
+            selector.fit(f"task {task}", features.repeat(8, 1) + torch.randn(8 * len(features), features.shape[1]))
+    return selector
+
+
+def contestants(model: PeftModel, pixels: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Name everything that is compared; each is one call."""
+    ids = torch.arange(len(pixels)) % (TASKS + 1) - 1
+    plain_ids = torch.full_like(ids, -1)
+
+    def routed(selector: Selector) -> Callable[[], object]:
+        def run() -> object:
+            selector.select(model.frozen_features(selector.source, pixels))
+            # the ids chosen from random images are all alike; those of the dearest case take their place
+            return model.get_image_features(pixels, task_ids=ids)
+
+        return run
+
+    def selecting(depth: int, **options: object) -> Callable[[], object]:
+        return routed(fitted(GaussianSelector(PatchTokens(depth), **options), model, pixels))
+
+    autoencoder = AutoencoderSelector(ImageFeatures(), iterations=1)
+    return {
+        "plain": lambda: model.get_image_features(pixels, task_ids=plain_ids),
+        "known, one task": lambda: model.get_image_features(pixels, task_ids=torch.zeros_like(ids)),
+        "known, all tasks": lambda: model.get_image_features(pixels, task_ids=ids),
+        "patch tokens, depth 1": selecting(1),
+        "patch tokens, depth 2": selecting(2),
+        "patch tokens, depth 3": selecting(3),
+        "image features": routed(fitted(GaussianSelector(ImageFeatures()), model, pixels)),
+        "image features, autoencoders": routed(fitted(autoencoder, model, pixels)),
+    }
+
+
+@torch.inference_mode()
+def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time all in every round; return their ratios to plain CLIP in the same round."""
+    names, ratios = list(runs), {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for number in range(rounds):
+        seconds = {}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            began = time.perf_counter()
+            runs[name]()
+            seconds[name] = time.perf_counter() - began
+        for name in names:
+            ratios[name].append(seconds[name] / seconds["plain"])
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small model, within a minute")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=16, help="images per call")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--output", type=Path, help="write the numbers as JSON")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    size = "quick" if arguments.quick else "vit-b/16"
+    model = adapted_clip(size)
+    image_size = SIZES[size][3]
+    pixels = torch.randn(arguments.batch, 3, image_size, image_size)
+    ratios = measure(contestants(model, pixels), arguments.rounds)
+
+    result = {"model": size, "batch": arguments.batch, "rounds": arguments.rounds, "tasks": TASKS, "target": TARGET}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    table = Table(
+        title=f"{size}, {arguments.batch} images, {TASKS} tasks: time as a multiple of plain CLIP's image pass"
+    )
+    for heading in ("", "median", "quartiles"):
+        table.add_column(heading)
+    for name, values in ratios.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        result[name], result[f"{name}_spread"] = round(median, 3), [round(low, 3), round(high, 3)]
+        table.add_row(name, f"{median:.2f}", f"{low:.2f} to {high:.2f}")
+    Console().print(table)
+    print(json.dumps(result))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What a stream's numbers are when nobody says which task an image is from: selectors, fitted and tested as it goes.
+
+Shapes: B images, F features, T tasks, V variants (selectors x decisions), C classes of a data set, P projection width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_moe_merge.selection import (
+    NONE,
+    AlexNetFeatures,
+    AutoencoderSelector,
+    FeatureSource,
+    GaussianSelector,
+    ImageFeatures,
+    PatchTokens,
+    PrototypeSelector,
+    Selector,
+    TextSelector,
+    decide,
+    load_selector,
+    save_selector,
+)
+
+from .data.batches import Batch, eval_batches
+from .data.task import Task
+from .methods import Method
+from .methods.moe_lora_merge import MoELoraMerge
+from .settings import setting
+
+SELECTORS = ("gaussian", "gaussian_classes", "autoencoder", "prototypes", "text")
+DECISIONS = ("per_image", "per_batch")
+
+
+@dataclass
+class SelectorSettings:
+    """Which selectors a stream tries, with methods that have routers."""
+
+    selectors: list[str] = setting([], f"how to tell which task an image is from, any of {', '.join(SELECTORS)}")
+    selector_features: str = setting("patch_tokens", "what they look at: patch_tokens, image_features or alexnet")
+    selector_depth: int = setting(2, "patch_tokens: blocks of the frozen vision tower that run for them")
+    selector_batch: int = setting(64, "images, all of one data set, that are decided together 'per batch'")
+    reject_rate: float = setting(0.05, "share of a task's own images that may be taken for none of the tasks")
+    alexnet_weights: str | None = setting(None, "alexnet: safetensors of torchvision's AlexNet; default: random")
+
+    def __post_init__(self):
+        unknown = [name for name in self.selectors if name not in SELECTORS]
+        if unknown:
+            raise ValueError(f"Unknown selectors {unknown}; there are {list(SELECTORS)}.")
+        if self.selector_features not in ("patch_tokens", "image_features", "alexnet"):
+            raise ValueError(
+                f"`selector_features` must be patch_tokens, image_features or alexnet, got {self.selector_features!r}."
+            )
+        if self.selector_batch < 1:
+            raise ValueError(f"`selector_batch` must be at least 1, got {self.selector_batch}.")
+        self.build()  # so that values out of range are refused before anything runs
+
+    def source(self) -> FeatureSource:
+        """Return where features come from."""
+        if self.selector_features == "patch_tokens":
+            return PatchTokens(self.selector_depth)
+        return ImageFeatures() if self.selector_features == "image_features" else AlexNetFeatures(self.alexnet_weights)
+
+    def build(self) -> dict[str, Selector]:
+        """Make the selectors, by name."""
+        source, rate = self.source(), self.reject_rate
+        makers = {
+            "gaussian": lambda: GaussianSelector(source, reject_rate=rate),
+            "gaussian_classes": lambda: GaussianSelector(source, per_class=True, reject_rate=rate),
+            "autoencoder": lambda: AutoencoderSelector(source, reject_rate=rate),
+            "prototypes": lambda: PrototypeSelector(source, reject_rate=rate),
+            "text": lambda: TextSelector(ImageFeatures(), reject_rate=rate),
+        }
+        return {name: makers[name]() for name in self.selectors}
+
+
+class StreamSelectors:
+    """The selectors of one run: fitted on each task when it has been learnt, then tested on the data of all tasks.
+
+    Attributes:
+        selectors: by name.
+    """
+
+    def __init__(self, settings: SelectorSettings):
+        self.settings = settings
+        self.selectors = settings.build()
+
+    def save(self, folder: Path) -> None:
+        """Write all selectors, each into a folder of its name."""
+        for name, selector in self.selectors.items():
+            save_selector(selector, folder / name)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        self.selectors = {name: load_selector(folder / name) for name in self.selectors}
+
+    @property
+    def sources(self) -> list[FeatureSource]:
+        """What the selectors look at, each source once."""
+        return list(dict.fromkeys(selector.source for selector in self.selectors.values()))
+
+    @torch.no_grad()
+    def fit(self, method: MoELoraMerge, task: Task, batches: Iterator[Batch], accelerator: Accelerator) -> None:
+        """Fit all selectors on a task that was just learnt. With several processes all fit on the images of all."""
+        method.model.to(accelerator.device).eval()
+        collected: dict[FeatureSource, list[tuple[Tensor, Tensor]]] = {source: [] for source in self.sources}
+        for batch in self._bar(batches, f"features of {task.name}", accelerator):
+            for source, kept in collected.items():
+                features_BF = method.model.frozen_features(source, batch["pixel_values"]).float()
+                kept.append(tuple(accelerator.gather_for_metrics((features_BF.cpu(), batch["labels"].cpu()))))
+        texts_CP = _class_features(method, task, NONE, accelerator).cpu() if "text" in self.selectors else None
+        for selector in self.selectors.values():
+            selector.fit(task.name, collected[selector.source], texts_CP)
+
+    @torch.no_grad()
+    def evaluate(
+        self, method: MoELoraMerge, tasks: list[Task], settings: Any, accelerator: Accelerator
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """Test on the test images of all tasks, learnt or not, without being told which task they are from.
+
+        An image is encoded once per router that any selector chooses for it. Per batch, `selector_batch` neighbours
+        of one data set are decided together, or what is left of them at the end of a batch of the data loader.
+
+        Args:
+            method: after training.
+            tasks: the stream.
+            settings: the stream's, for batch size and workers.
+            accelerator: device, precision, processes.
+
+        Returns:
+            Per selector and decision: `accuracies` in percent per data set, `confusion` (data sets x (tasks + none),
+            counts) and `auroc` of telling images of tasks not learnt yet from the others, None if there are none.
+        """
+        method.model.to(accelerator.device).eval()
+        learnt = len(method.learnt)
+        variants = [(name, decision) for name in self.selectors for decision in DECISIONS]
+        accuracies: list[list[float]] = []
+        confusion_JVN = torch.zeros(len(tasks), len(variants), len(tasks) + 1, dtype=torch.int64)
+        margins, unknown = [], []
+        for position, task in enumerate(tasks):
+            batches = accelerator.prepare(
+                eval_batches(
+                    task.test,
+                    method.processor.image_processor,
+                    batch_size=settings.eval_batch_size,
+                    num_workers=settings.num_workers,
+                )
+            )
+            classes: dict[int, Tensor] = {}
+            hits = torch.zeros(len(variants))
+            total = 0
+            for batch in self._bar(batches, f"selecting on {task.name}", accelerator):
+                chosen_BV, margins_BV = self._choose(method, batch["pixel_values"])
+                right_BV = self._right(method, task, batch, chosen_BV, classes, accelerator)
+                chosen_BV, margins_BV, right_BV = accelerator.gather_for_metrics((chosen_BV, margins_BV, right_BV))
+                hits += right_BV.sum(dim=0).cpu()
+                total += len(right_BV)
+                columns_BV = chosen_BV.where(chosen_BV != NONE, len(tasks)).cpu()
+                confusion_JVN[position] += F.one_hot(columns_BV, len(tasks) + 1).sum(dim=0)
+                margins.append(margins_BV.cpu())
+                unknown += [position >= learnt] * len(margins_BV)
+            accuracies.append([100.0 * hit / total for hit in hits.tolist()])
+        margins_MV = torch.cat(margins)
+        told: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in self.selectors}
+        for variant, (name, decision) in enumerate(variants):
+            told[name][decision] = {
+                "accuracies": [row[variant] for row in accuracies],
+                "confusion": confusion_JVN[:, variant].tolist(),
+                "auroc": float(roc_auc_score(unknown, -margins_MV[:, variant])) if any(unknown) else None,
+            }
+        return told
+
+    def _choose(self, method: MoELoraMerge, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose for each image by every variant: task ids and margins, both B x V."""
+        features = {source: method.model.frozen_features(source, pixel_values) for source in self.sources}
+        chosen, margins = [], []
+        for selector in self.selectors.values():
+            scores_BT, bars_BT = selector.judge(features[selector.source].float())
+            together = self.settings.selector_batch
+            for chosen_B, margins_B in (
+                decide(scores_BT, bars_BT),
+                map(
+                    torch.cat,
+                    zip(
+                        *(
+                            decide(*parts, per_batch=True)
+                            for parts in zip(scores_BT.split(together), bars_BT.split(together), strict=True)
+                        ),
+                        strict=True,
+                    ),
+                ),
+            ):
+                chosen.append(chosen_B)
+                margins.append(margins_B)
+        return torch.stack(chosen, dim=1), torch.stack(margins, dim=1)
+
+    def _right(
+        self,
+        method: MoELoraMerge,
+        task: Task,
+        batch: Batch,
+        chosen_BV: Tensor,
+        classes: dict[int, Tensor],
+        accelerator: Accelerator,
+    ) -> Tensor:
+        """Tell whether the class is right under the router that each variant chose: B x V."""
+        right_BV = torch.zeros_like(chosen_BV, dtype=torch.bool)
+        for router in chosen_BV.unique().tolist():
+            if router not in classes:
+                classes[router] = _class_features(method, task, router, accelerator)
+            rows = (chosen_BV == router).any(dim=1).nonzero().flatten()
+            with accelerator.autocast():
+                ids = torch.full_like(rows, router)
+                output = method.model.get_image_features(batch["pixel_values"][rows], task_ids=ids)
+                features_BP = F.normalize(output.pooler_output.float(), dim=-1)
+                hits_B = (features_BP @ classes[router].T).argmax(dim=1) == batch["labels"][rows]
+            right_BV[rows] |= hits_B[:, None] & (chosen_BV[rows] == router)
+        return right_BV
+
+    @staticmethod
+    def _bar(batches: Any, what: str, accelerator: Accelerator) -> Any:
+        return tqdm(batches, desc=what, disable=not accelerator.is_main_process, leave=False)
+
+
+def _class_features(method: Method, task: Task, router: int, accelerator: Accelerator) -> Tensor:
+    """Encode a data set's classes by a router, or by the model without experts: C x P."""
+    method.model.set_task(None if router == NONE else method.learnt[router])
+    with accelerator.autocast():
+        return method.class_features(task, accelerator.device)
