@@ -160,6 +160,17 @@ def test_prompts_that_begin_differently_are_routed_one_by_one(model):
         torch.testing.assert_close(both[row], model.get_text_features(input_ids=ids[row : row + 1]).pooler_output[0])
 
 
+def test_prompts_of_one_task_share_a_decision_and_its_noise(model, batch):
+    prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model.train()
+    model.get_text_features(**prompts, task_ids=torch.tensor([2, 0, 2]))
+    for task, samples in (("a", 1), ("b", 0), ("c", 2)):
+        model.set_task(task)
+        for block, counts in model.expert_usage().items():
+            expected = [samples] * 2 if samples and block.startswith("text") else []
+            assert counts[counts > 0].tolist() == expected, "K experts, each once for every prompt"
+
+
 def test_only_the_current_tasks_router_trains(model, batch):
     model.set_task("b")
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
