@@ -27,7 +27,8 @@ PUBLISHED = {  # the settings of the published numbers
 }
 MODEL = "clip-vit-base-patch16"
 NOTES = (
-    "Here the true task of an image is known at test time; the published method infers it, image by image.",
+    "In the tables above the true task of an image is known at test time; the published method infers it, image by "
+    "image. The numbers of a selector, image by image, are the ones to hold against it.",
     "Caltech-101 is divided at random with a fixed seed, but over the rows of another copy: its membership differs.",
     "With the splits of CoOp, CLIP untouched reaches 92.9 on Caltech-101 instead of 88.4: other publications' numbers "
     "may be of those.",

@@ -72,13 +72,8 @@ def load_hub_task(
     check_images(name, entry.image, splits, few=True)
     used = {split: _with_class_labels(name, entry, split, dataset) for split, dataset in splits.items()}
     train, test = _train_and_test(entry, used)
-    if (len(train), len(test)) != entry.sizes and not allow_size_mismatch:
-        raise ValueError(
-            f"{name!r} has {len(train)} images to train and {len(test)} to test on in {_place(entry, name, data_dir)} "
-            f"({', '.join(f'{split}: {len(dataset)}' for split, dataset in splits.items())}); the benchmark has "
-            f"{entry.sizes[0]} and {entry.sizes[1]}. With other images numbers do not compare with published ones; "
-            "`allow_size_mismatch` (`--allow_size_mismatch`) goes on all the same."
-        )
+    if not allow_size_mismatch:
+        _check_sizes((len(train), len(test)), splits, name, entry, _place(entry, name, data_dir))
     return Task(
         name=name,
         class_names=tuple(class_names(name)),
@@ -89,12 +84,17 @@ def load_hub_task(
     )
 
 
-def load_reference_images(*, data_dir: str | Path | None = None, force_download: bool = False) -> Dataset:
+def load_reference_images(
+    *, data_dir: str | Path | None = None, allow_size_mismatch: bool = False, force_download: bool = False
+) -> Dataset:
     """Load the images of the reference set, without labels; arguments and errors are those of `load_hub_task`."""
-    splits = load_splits(REFERENCE, REFERENCE_SET, data_dir=data_dir, force_download=force_download)
-    check_images(REFERENCE, REFERENCE_SET.image, splits, few=True)
-    images = splits[REFERENCE_SET.train].select_columns(REFERENCE_SET.image)
-    return images.cast_column(REFERENCE_SET.image, Image(mode="RGB"))
+    entry = REFERENCE_SET
+    splits = load_splits(REFERENCE, entry, data_dir=data_dir, force_download=force_download)
+    check_images(REFERENCE, entry.image, splits, few=True)
+    images = splits[entry.train].select_columns(entry.image).cast_column(entry.image, Image(mode="RGB"))
+    if not allow_size_mismatch:
+        _check_sizes((len(images), 0), splits, REFERENCE, entry, _place(entry, REFERENCE, data_dir))
+    return images
 
 
 def load_splits(
@@ -262,6 +262,16 @@ def _train_and_test(entry: HubSet, splits: dict[str, Dataset]) -> tuple[Dataset,
     generator = torch.Generator().manual_seed(entry.split_seed)
     train, test = random_split(range(len(images)), [count, len(images) - count], generator=generator)
     return images.select(sorted(train.indices)), images.select(sorted(test.indices))
+
+
+def _check_sizes(sizes: tuple[int, int], splits: dict[str, Dataset], name: str, entry: HubSet, place: str) -> None:
+    if sizes != entry.sizes:
+        found = ", ".join(f"{split}: {len(dataset)}" for split, dataset in splits.items())
+        raise ValueError(
+            f"{name!r} has {sizes[0]} images to train and {sizes[1]} to test on in {place} ({found}); the benchmark "
+            f"has {entry.sizes[0]} and {entry.sizes[1]}. With other images numbers do not compare with published ones; "
+            "`allow_size_mismatch` (`--allow_size_mismatch`) goes on all the same."
+        )
 
 
 def _place(entry: HubSet, name: str, data_dir: str | Path | None) -> str:

@@ -65,9 +65,10 @@ def _fetch(name: str, arguments: argparse.Namespace) -> tuple[str, str]:
     if arguments.verify:
         check_images(name, entry.image, load_splits(name, entry, **options))
         options["force_download"] = False
+    options["allow_size_mismatch"] = arguments.allow_size_mismatch
     if name == REFERENCE:
         return f"{len(load_reference_images(**options)):,}", "-"
-    task = load_hub_task(name, **options, allow_size_mismatch=arguments.allow_size_mismatch)
+    task = load_hub_task(name, **options)
     return f"{len(task.train):,}", f"{len(task.test):,}"
 
 
