@@ -30,6 +30,7 @@ class Selection:
         by_token: a decision is a token's, and there are many.
 
     Attributes:
+        indices_GK: as given.
         positions_GK: where among the stacked experts they stand; None when these are the K of the first decision, then the
             K of the second, and so on, U = G K.
     """
@@ -37,7 +38,7 @@ class Selection:
     def __init__(self, indices_GK: Tensor, num_experts: int, by_token: bool = False):
         graph = torch.compiler.is_compiling()
         self._everything = torch.compiler.is_exporting() or (graph and by_token and not torch.is_grad_enabled())
-        self._indices_GK = indices_GK
+        self.indices_GK = indices_GK
         if self._everything:
             self.positions_GK: Tensor | None = indices_GK
         elif not torch.is_grad_enabled() and not by_token:

@@ -6,12 +6,14 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 300
+PATIENCE = 900  # seconds, for a machine that has much else to do
 
 
 def start(function: Callable, *args: Any) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_moe_merge.mtil.methods", "peft_moe_merge.mtil.data.digits", "accelerate"])
+    context.set_forkserver_preload(
+        ["peft_moe_merge.mtil.methods", "peft_moe_merge.mtil.data.suites", "peft_moe_merge.mtil.report.html"]
+    )
     process = context.Process(target=function, args=args)
     process.start()
     return process
