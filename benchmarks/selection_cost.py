@@ -4,7 +4,7 @@
 
 A ViT-B/16 with random weights, 11 tasks, 55 experts a block; with `--quick` a much smaller model. All contestants run once
 per round, in an order that moves on by one each round; printed are medians over rounds of the ratio to plain CLIP in the
-same round, with the quartiles. Images are spread evenly over all tasks and "none", which is the dearest case for routing.
+same round, with the quartiles. Every image is routed, and they are spread evenly over the tasks: the dearest case.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def fitted(selector: Selector, model: PeftModel, pixels: torch.Tensor) -> Select
 
 def contestants(model: PeftModel, pixels: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Name everything that is compared; each is one call."""
-    ids = torch.arange(len(pixels)) % (TASKS + 1) - 1
+    ids = torch.arange(len(pixels)) % TASKS
     plain_ids, one_task = torch.full_like(ids, -1), torch.zeros_like(ids)
 
     def selecting(selector: Selector) -> Callable[[], object]:
