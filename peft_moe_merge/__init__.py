@@ -5,16 +5,19 @@
 """
 
 from .callback import ExpertMergeCallback
+from .classifier import ContinualClassifier, TaskClasses
 from .router_freeze import RouterFreezeCallback
 from .static_merges import merge_static
 from .tuners.moe_lora_merge import MoELoraMergeConfig, MoELoraMergeModel
 from .tuners.wemoe import WEMoEConfig, WEMoEModel, adapt_routers, merge_finetuned
 
 __all__ = [
+    "ContinualClassifier",
     "ExpertMergeCallback",
     "MoELoraMergeConfig",
     "MoELoraMergeModel",
     "RouterFreezeCallback",
+    "TaskClasses",
     "WEMoEConfig",
     "WEMoEModel",
     "adapt_routers",

@@ -57,11 +57,12 @@ class ExpertMergeCallback(TaskCallback):
         model.set_landmark()
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Merge when it is time."""
-        if getattr(optimizer, "step_was_skipped", False):  # by a gradient scaler that met an overflow
+        """Merge when it is time. A step that a gradient scaler skipped did not happen: it counts nothing."""
+        model = unwrap(model)
+        if getattr(optimizer, "step_was_skipped", False):
+            model.forget_unshared_usage()
             return
         self.steps += 1
-        model = unwrap(model)
         if self.merge_every is None or self.steps % self.merge_every:
             model.share_expert_usage()
             return

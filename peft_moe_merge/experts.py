@@ -27,48 +27,62 @@ class Selection:
     Args:
         indices_GK: the experts that each decision takes.
         num_experts: E.
+        by_token: a decision is a token's, and there are many.
 
     Attributes:
-        positions_GK: where among the stacked experts they stand.
+        positions_GK: where among the stacked experts they stand; None when these are the K of the first decision, then the
+            K of the second, and so on, U = G K.
     """
 
-    def __init__(self, indices_GK: Tensor, num_experts: int):
-        self.indices_GK = indices_GK
-        if torch.compiler.is_exporting():  # the graph has to hold all experts
-            self.positions_GK = indices_GK
-            return
-        if in_graph_without_gradients():  # an expert is stacked anew for everyone who takes it
-            self.positions_GK = torch.arange(indices_GK.numel(), device=indices_GK.device).reshape(indices_GK.shape)
-            return
-        taken_E = torch.zeros(num_experts, dtype=torch.bool, device=indices_GK.device)
-        taken_E = taken_E.scatter_(0, indices_GK.flatten(), True)
-        # counted on the device: to look them up in a list would need the list there, and so a wait for the host
-        self.positions_GK = (taken_E.cumsum(0) - 1)[indices_GK]
-        self._taken_E = taken_E.to("cpu", non_blocking=taken_E.is_cuda)
-        self._arrived = None
-        if taken_E.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(taken_E.device))
+    def __init__(self, indices_GK: Tensor, num_experts: int, by_token: bool = False):
+        graph = torch.compiler.is_compiling()
+        self._everything = torch.compiler.is_exporting() or (graph and by_token and not torch.is_grad_enabled())
+        self._indices_GK = indices_GK
+        if self._everything:
+            self.positions_GK: Tensor | None = indices_GK
+        elif not torch.is_grad_enabled() and not by_token:
+            # one copy of the weights instead of two, of the distinct experts and of each decision's
+            self.positions_GK = None
+            self._chosen = indices_GK if graph else HostCopy(indices_GK)  # a graph looks for itself
+        else:
+            taken_E = torch.zeros(num_experts, dtype=torch.bool, device=indices_GK.device)
+            taken_E = taken_E.scatter_(0, indices_GK.flatten(), True)
+            # counted on the device: to look them up in a list would need the list there, and so a wait for the host
+            self.positions_GK = (taken_E.cumsum(0) - 1)[indices_GK]
+            self._taken_E = taken_E if graph else HostCopy(taken_E)
 
     def stack(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """From each bank, one tensor per expert, stack those of the U distinct experts. Only these get a gradient."""
-        if torch.compiler.is_exporting():
+        """From each bank, one tensor per expert, stack those of the U experts. Only these get a gradient."""
+        if self._everything:
             return tuple(torch.stack(list(bank)) for bank in banks)
-        if in_graph_without_gradients():
-            return tuple(stack_chosen(list(bank), self.indices_GK) for bank in banks)
-        return self._stack_distinct(*banks)
+        if self.positions_GK is not None:
+            return self._stack_distinct(*banks)
+        if isinstance(self._chosen, Tensor):
+            return tuple(stack_chosen(list(bank), self._chosen) for bank in banks)
+        chosen = [expert for row in self._chosen.tolist() for expert in row]
+        return tuple(torch.stack([bank[expert] for expert in chosen]) for bank in banks)
 
     @torch.compiler.disable  # a graph made for the experts of one batch would have to be made anew for the next
     def _stack_distinct(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
         experts = [expert for expert, taken in enumerate(self._taken_E.tolist()) if taken]
         return tuple(torch.stack([bank[expert] for expert in experts]) for bank in banks)
 
 
-def in_graph_without_gradients() -> bool:
-    """Tell whether `torch.compile` traces an inference pass; it can't look into tensors, but into no parameter it must."""
-    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+class HostCopy:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor.to("cpu", non_blocking=tensor.is_cuda)
+        self._arrived = None
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> list:
+        """Wait until it has arrived, and only that long."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor.tolist()
 
 
 @torch.library.custom_op("peft_moe_merge::stack_chosen", mutates_args=())
@@ -85,7 +99,7 @@ def _(parameters: Sequence[Tensor], indices_GK: Tensor) -> Tensor:
 def mixture(
     x_BLD: Tensor,
     gates_GK: Tensor,
-    positions_GK: Tensor,
+    positions_GK: Tensor | None,
     down_URD: Tensor,
     down_bias_UR: Tensor,
     up_URO: Tensor,
@@ -99,7 +113,7 @@ def mixture(
     Args:
         x_BLD: the samples' tokens; all tokens of a sample take the sample's experts.
         gates_GK: weights of the K experts; one row serves every sample when G = 1.
-        positions_GK: which of the U stacked experts they are.
+        positions_GK: which of the U stacked experts they are; None when they are stacked in this very order.
         down_URD, down_bias_UR, up_URO, up_bias_UO: the stacked experts.
         scaling: `s`, `lora_alpha / r`.
         dropout: probability of dropping a hidden unit; 0 outside training.
@@ -107,25 +121,28 @@ def mixture(
     Returns:
         y_BLO.
     """
-    G, K = positions_GK.shape
+    G, K = gates_GK.shape
     U, R, D = down_URD.shape
     O = up_URO.shape[-1]  # noqa: E741
     weights_GK = gates_GK.to(x_BLD.dtype) * scaling
 
     if G == 1:
         # The stacked experts are those of the one decision, in another order: reorder the weights, not the experts.
-        weights_U = weights_GK.new_zeros(U).index_copy(0, positions_GK[0], weights_GK[0])
+        weights_U = weights_GK[0]
+        if positions_GK is not None:
+            weights_U = weights_U.new_zeros(U).index_copy(0, positions_GK[0], weights_U)
         hidden_BLH = F.relu(F.linear(x_BLD, down_URD.reshape(U * R, D), down_bias_UR.reshape(U * R)))
         hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_U.repeat_interleave(R)
         return hidden_BLH @ up_URO.reshape(U * R, O) + weights_U @ up_bias_UO
 
-    # `index_select`, whose gradient is summed row by row; that of indexing is summed number by number
-    positions = positions_GK.flatten()
-    down_GHD = down_URD.index_select(0, positions).reshape(G, K * R, D)
-    bias_GH = down_bias_UR.index_select(0, positions).reshape(G, K * R)
-    up_GHO = up_URO.index_select(0, positions).reshape(G, K * R, O)
-    out_bias_GKO = up_bias_UO.index_select(0, positions).reshape(G, K, O)
-    out_bias_GO = (weights_GK.unsqueeze(-1) * out_bias_GKO).sum(dim=1)
+    if positions_GK is not None:
+        # `index_select`, whose gradient is summed row by row; that of indexing is summed number by number
+        down_URD, down_bias_UR, up_URO, up_bias_UO = (
+            tensor.index_select(0, positions_GK.flatten()) for tensor in (down_URD, down_bias_UR, up_URO, up_bias_UO)
+        )
+    down_GHD, bias_GH = down_URD.reshape(G, K * R, D), down_bias_UR.reshape(G, K * R)
+    up_GHO = up_URO.reshape(G, K * R, O)
+    out_bias_GO = (weights_GK.unsqueeze(-1) * up_bias_UO.reshape(G, K, O)).sum(dim=1)
     weights_GH = weights_GK.repeat_interleave(R, dim=1)
 
     hidden_BLH = F.relu(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))

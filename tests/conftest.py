@@ -1,12 +1,14 @@
 """Small models and inputs that the tests share. Seeded."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 
 import pytest
 import torch
+from hub.loopback import LoopbackHub
 from transformers import CLIPConfig, CLIPModel
 
 VISION = {
@@ -77,3 +79,11 @@ def real_clip() -> Path:
     if "MTIL_REAL_CLIP" not in os.environ:
         pytest.skip("MTIL_REAL_CLIP (a pretrained CLIP) is not set")
     return Path(os.environ["MTIL_REAL_CLIP"])
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    server = LoopbackHub(tmp_path / "hub")
+    server.start()
+    yield server
+    server.stop()

@@ -8,12 +8,13 @@ the same result.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .whole import whole
 
 SELECTORS = "selectors"
 """The folder in a checkpoint in which a run's task selectors are."""
@@ -52,8 +53,12 @@ class Progress:
 
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint of the latest task, if there is any."""
-    checkpoints = [path for path in folder.glob("after_*") if path.suffix != ".partial"]
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("after_")), default=None)
+    return max(_checkpoints(folder), key=lambda path: int(path.name.removeprefix("after_")), default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints that are whole; several if a process was killed before it dropped the older ones."""
+    return [path for path in folder.glob("after_*") if path.suffix != ".partial"]
 
 
 def save(
@@ -62,20 +67,21 @@ def save(
     write_weights: Callable[[Path], None],
     write_selectors: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the checkpoint of the task just learnt, then drop the one before. It appears whole or not at all."""
-    final = folder / f"after_{len(progress.matrix)}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_weights(partial)
-    progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
-    if write_selectors is not None:
-        write_selectors(partial / SELECTORS)
-    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
-    before = newest(folder)
-    os.replace(partial, final)
-    if before is not None:
-        shutil.rmtree(before)
+    """Write the checkpoint of the task just learnt, then drop those before. It appears whole or not at all.
+
+    Raises:
+        OSError: it could not be written, say for want of space. The one before is as it was.
+    """
+    before = _checkpoints(folder)
+    with whole(folder / f"after_{len(progress.matrix)}") as partial:
+        partial.mkdir(parents=True)
+        write_weights(partial)
+        progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
+        if write_selectors is not None:
+            write_selectors(partial / SELECTORS)
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+    for checkpoint in before:
+        shutil.rmtree(checkpoint)
 
 
 def load(folder: Path, settings: dict[str, Any]) -> tuple[Progress, Path] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from .checkpoint import Progress
 from .metrics.mtil import stream_metrics
+from .whole import whole
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
 KEYS = ("suite", "tasks", "settings", "versions", "methods")
@@ -96,10 +96,10 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a number is NaN or infinite.
+        OSError: it could not be written, say for want of space. What was there before is as it was.
     """
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(results, indent=1, allow_nan=False))
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -22,6 +23,8 @@ from .methods.moe_lora_merge import MoELoraMerge
 from .selection import SelectorSettings, StreamSelectors
 from .settings import setting
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
 
 @dataclass
 class StreamSettings:
@@ -29,7 +32,7 @@ class StreamSettings:
 
     steps: int = setting(1000, "optimizer steps per task")
     batch_size: int = setting(64, "images per step, over all processes")
-    lr: list[float] = setting([1e-3], "peak learning rate, or one per task")
+    lr: list[float] | None = setting(None, "peak learning rate, or one per task; default: the suite's, else 1e-3")
     weight_decay: float = setting(0.0, "of AdamW")
     warmup_steps: int | None = setting(None, "of the cosine schedule; default: 100, or a tenth of the steps if less")
     crop_scale: float = setting(0.9, "smallest part of an image's area that a random-resized crop keeps")
@@ -46,8 +49,14 @@ class StreamSettings:
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.steps // 10)
 
-    def lr_of(self, position: int) -> float:
+    def for_tasks(self, tasks: list[Task]) -> StreamSettings:
+        """Take the tasks' own learning rates where none is given."""
+        return self if self.lr else replace(self, lr=[task.lr for task in tasks])
+
+    def lr_of(self, position: int, task: Task) -> float:
         """Return the peak learning rate of the task at this position."""
+        if not self.lr:
+            return task.lr
         return self.lr[position] if len(self.lr) > 1 else self.lr[0]
 
 
@@ -82,12 +91,22 @@ def run_stream(
     Raises:
         FileExistsError: `output_dir` holds a run and `resume` is off.
         ValueError: the tasks or settings contradict themselves, or differ from those of the run to be resumed.
+        OSError: a checkpoint could not be written; the one before is whole.
+        RuntimeError: with several processes, whatever stopped this one, another's end included.
     """
+    settings = settings.for_tasks(tasks)
     _check(tasks, settings, accelerator)
     output_dir = Path(output_dir)
     set_seed(seed)
     method = build_method()
-    told = {"tasks": [task.name for task in tasks], "seed": seed, **asdict(settings), **asdict(method.settings)}
+    told = {
+        "tasks": [task.name for task in tasks],
+        "seed": seed,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **asdict(settings),
+        **asdict(method.settings),
+    }
     selectors = None
     if selection is not None and selection.selectors and isinstance(method, MoELoraMerge):
         selectors = StreamSelectors(selection)
@@ -111,35 +130,56 @@ def run_stream(
     for position, task in enumerate(tasks[:stop_after]):
         if position < len(progress.matrix):
             continue
-        began = time.perf_counter()
-        task_seed = seed + 1_000_003 * (position + 1)
-        set_seed(task_seed)
-        if method.trains:
-            train_task(method, task, settings, position, task_seed, progress, accelerator, log)
-        row = [accuracy(method, other, settings, accelerator) for other in tasks]
-        progress.matrix.append(row)
-        if selectors is not None:
-            train = eval_batches(
-                task.train,
-                method.processor.image_processor,
-                batch_size=settings.eval_batch_size,
-                num_workers=settings.num_workers,
+        with _said_by_which_process(accelerator, task, output_dir):
+            began = time.perf_counter()
+            task_seed = seed + 1_000_003 * (position + 1)
+            set_seed(task_seed)
+            if method.trains:
+                train_task(method, task, settings, position, task_seed, progress, accelerator, log)
+            row = [accuracy(method, other, settings, accelerator) for other in tasks]
+            progress.matrix.append(row)
+            if selectors is not None:
+                train = eval_batches(
+                    task.train,
+                    method.processor.image_processor,
+                    batch_size=settings.eval_batch_size,
+                    num_workers=settings.num_workers,
+                )
+                selectors.fit(method, task, accelerator.prepare(train), accelerator)
+                progress.selection.append(selectors.evaluate(method, tasks, settings, accelerator))
+                progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
+            progress.seconds += time.perf_counter() - began
+            log(
+                (position + 1) * settings.steps,
+                **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
             )
-            selectors.fit(method, task, accelerator.prepare(train), accelerator)
-            progress.selection.append(selectors.evaluate(method, tasks, settings, accelerator))
-            progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
-        progress.seconds += time.perf_counter() - began
-        log(
-            (position + 1) * settings.steps,
-            **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
-        )
-        if accelerator.is_main_process:
-            checkpoint.save(output_dir, progress, method.save, selectors.save if selectors else None)
-        accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                checkpoint.save(output_dir, progress, method.save, selectors.save if selectors else None)
+            accelerator.wait_for_everyone()
     return progress
 
 
+@contextmanager
+def _said_by_which_process(accelerator: Accelerator, task: Task, output_dir: Path) -> Iterator[None]:
+    """When one of several processes fails the others notice only that it is gone: say so, and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        if accelerator.num_processes == 1:
+            raise
+        raise RuntimeError(
+            f"Process {accelerator.process_index} of {accelerator.num_processes} had to stop in task {task.name!r}: "
+            f"{error}. If it lost its connection, another process failed first and says why. The tasks learnt before "
+            f"are safe in {str(output_dir)!r}: start all processes again with `resume=True` (`--resume`)."
+        ) from error
+
+
 def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"A stream adds parameters between tasks, so every process needs the whole model; got "
+            f"{accelerator.distributed_type}. Launch it data parallel (DDP)."
+        )
     names = [task.name for task in tasks]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"A stream needs tasks with names of their own, got {names}.")
@@ -176,7 +216,7 @@ def train_task(
     method.begin_task(task)
     parameters = method.trainable_parameters()
     progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-    lr = method.learning_rate(settings.lr_of(position))
+    lr = method.learning_rate(settings.lr_of(position, task))
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     batches = train_batches(

@@ -13,10 +13,12 @@ import pytest
 from rich.console import Console
 
 from peft_moe_merge.mtil.checkpoint import Progress
+from peft_moe_merge.mtil.data.hub.table import HUB_SETS
+from peft_moe_merge.mtil.report.anchors import anchor_notes
 from peft_moe_merge.mtil.report.figures import draw_all
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.statistics import estimate, paired_difference
-from peft_moe_merge.mtil.report.tables import matrix_rows, print_results, summary_rows
+from peft_moe_merge.mtil.report.tables import matrix_rows, print_results, summary_rows, task_rows
 from peft_moe_merge.mtil.results import empty_results, read_results, run_result, write_results
 
 TASKS = ["birds", "<cars> & $x$", "digits"]
@@ -146,3 +148,34 @@ def test_a_browser_shows_it_whole(results, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "<title>8 shown, 0 errors, wider false</title>" in done.stdout, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr, "the browser has nothing to complain of"
+
+
+def test_published_numbers_stand_beside_those_of_the_same_tasks():
+    chosen = ["mnist", "aircraft", "dtd"]
+    results = empty_results("mtil", chosen, {})
+    results["methods"] = {"zero_shot": [run(0)]}
+    transfer, last = task_rows(results, "transfer"), task_rows(results, "last")
+    assert [row[0] for row in last[2:]] == ["† CLIP untouched", "† each task alone", "† arXiv 2405.11530"]
+    assert last[-1][1:] == ["98.5", "50.7", "77.0", f"{(98.5 + 50.7 + 77.0) / 3:.1f}"]
+    assert transfer[2][1:] == ["-", "24.3", "44.6", f"{(24.3 + 44.6) / 2:.1f}"], "the first task has no transfer"
+    assert transfer[3][1:] == ["-", "-", "39.7", "39.7"]
+    assert len(task_rows(results | {"suite": "mini"}, "last")) == 2 and anchor_notes(results | {"suite": "mini"}) == []
+
+
+def test_it_is_said_in_what_a_run_differs_from_the_published_ones():
+    rates = [entry.lr for entry in HUB_SETS.values()]
+    published = {"order": "I", "few_shot": None, "steps": 1000, "batch_size": 64, "weight_decay": 0.0, "lr": rates}
+    published |= {"num_experts": 55, "top_k": 2, "r": 64, "merge_every": 100, "freeze_top_k": 2}
+    published |= {"label_smoothing": 0.2, "allow_size_mismatch": False, "model": "openai/clip-vit-base-patch16"}
+    results = empty_results("mtil", list(HUB_SETS), published)
+    assert "The settings are the published ones." in anchor_notes(results)[0]
+    for name, other in {
+        "order": "II",
+        "few_shot": 5,
+        "lr": [1e-3],
+        "model": None,
+        "allow_size_mismatch": True,
+    }.items():
+        note = anchor_notes(results | {"settings": published | {name: other}})[0]
+        assert "NOT comparable" in note and f"{name} {other!r} instead of" in note
+    assert "2 tasks" in anchor_notes(results | {"tasks": ["mnist", "dtd"]})[0]

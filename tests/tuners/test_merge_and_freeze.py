@@ -149,10 +149,13 @@ def test_merge_resets_what_the_optimizer_knows_of_the_overwritten_expert():
 
 
 def test_unselected_experts_stay_to_the_last_bit():
-    """Over steps with momentum and weight decay: whatever moved was selected in that very step."""
+    """Over steps with momentum and weight decay: whatever moved was selected in that very step.
+
+    And the optimizer keeps state for those alone that have ever been selected.
+    """
     model = adapted()
     optimizer = optimizer_for(model)
-    moved_once = set()
+    moved_once, selected_once = set(), set()
     for step in range(12):
         before = {b: [expert(model, b, e) for e in range(8)] for b in model.expert_usage()}
         model.reset_expert_usage()
@@ -162,6 +165,15 @@ def test_unselected_experts_stay_to_the_last_bit():
                 moved = not equal(before[block][index], expert(model, block, index))
                 assert moved <= bool(counts[index]), f"{block} expert {index} moved in step {step} unselected"
                 moved_once |= {(block, index)} if moved else set()
+                selected_once |= {(block, index)} if counts[index] else set()
+        with_state = {
+            (block, index)
+            for block, bank in model.base_model._experts().items()
+            for index in range(8)
+            if bank.down_weight[index] in optimizer.state
+        }
+        assert with_state == selected_once
+        assert step > 0 or len(with_state) < 4 * 8
     assert len(moved_once) > 8
 
 

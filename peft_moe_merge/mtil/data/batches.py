@@ -52,7 +52,7 @@ def train_batches(
         ]
     )
     return DataLoader(
-        dataset.with_transform(_Preprocess(lambda images: torch.stack([augment(image) for image in images]))),
+        _Rows(dataset, lambda images: torch.stack([augment(image) for image in images])),
         batch_size=batch_size,
         sampler=order[: steps * batch_size].tolist(),
         num_workers=num_workers,
@@ -64,14 +64,38 @@ def eval_batches(
     dataset: Dataset, processor: BaseImageProcessor, *, batch_size: int, num_workers: int = 0
 ) -> DataLoader:
     """Go through all images once, in order, through the processor itself."""
-    transform = _Preprocess(lambda images: processor(images, return_tensors="pt")["pixel_values"])
-    return DataLoader(dataset.with_transform(transform), batch_size=batch_size, num_workers=num_workers)
+    rows = _Rows(dataset, lambda images: processor(images, return_tensors="pt")["pixel_values"])
+    return DataLoader(rows, batch_size=batch_size, num_workers=num_workers)
 
 
-class _Preprocess:
-    def __init__(self, pixels: Callable[[list[Any]], torch.Tensor]):
-        self.pixels = pixels
+class _Rows(torch.utils.data.Dataset):
+    """Rows as a model takes them. One that can't be read is named."""
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        images = [image.convert("RGB") for image in rows["image"]]
-        return {"pixel_values": list(self.pixels(images)), "labels": rows["label"]}
+    def __init__(self, dataset: Dataset, pixels: Callable[[list[Any]], torch.Tensor]):
+        self.dataset, self.pixels = dataset, pixels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        try:
+            found = self.dataset[rows]
+        except Exception as error:  # Pillow's readers raise whatever they meet
+            raise self._named(rows) or error from error
+        pixels = self.pixels([image.convert("RGB") for image in found["image"]])
+        return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, found["label"], strict=True)]
+
+    def _named(self, rows: list[int]) -> ValueError | None:
+        for row in rows:
+            try:
+                self.dataset[row]
+            except Exception as error:
+                source = f"{self.dataset.info.dataset_name or 'the data set'!s}, split {str(self.dataset.split)!r}"
+                return ValueError(
+                    f"Row {row} of {source} can't be read: {error}. Replace or remove the image; for the data sets of "
+                    "the Hub the prefetch command finds all such images by --verify."
+                )
+        return None

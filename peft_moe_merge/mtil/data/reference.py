@@ -9,6 +9,8 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 
+from .hub.load import load_reference_images
+from .hub.table import REFERENCE, class_names
 from .mini.drawings import draw_images, pair_table
 
 _DRAWINGS, _SEED = 4, 1  # drawings per concept and style; the small CLIP was pretrained with those of seed 0
@@ -33,12 +35,15 @@ def load_reference(source: str) -> Reference:
 
     Args:
         source: "mini" draws one, other drawings of the concepts that the small CLIP was pretrained on and in those
-            styles; the embedded tasks have the same concepts, but none of the styles. Any other is a folder
-            `<source>/<class>/<images>`, whose class names become the sentences.
+            styles; the embedded tasks have the same concepts, but none of the styles. "tiny_imagenet" comes from the
+            Hub. Any other is a folder `<source>/<class>/<images>`. Their class names become the sentences.
 
     Raises:
         FileNotFoundError: no such folder, or one without images.
+        OSError, ValueError: the Hub's set can't be had; see `load_hub_task`.
     """
+    if source == REFERENCE:
+        return Reference(load_reference_images(), [f"a photo of a {name}." for name in class_names(REFERENCE)])
     if source == "mini":
         pairs = pair_table(_DRAWINGS)
         drawings = [PILImage.fromarray(pixels) for pixels in draw_images(pairs, _SEED)]
@@ -47,7 +52,8 @@ def load_reference(source: str) -> Reference:
     folder = Path(source)
     if not any(path.is_file() for path in folder.glob("*/*")):
         raise FileNotFoundError(
-            f"No reference images in {source!r}. Expected {source}/<class>/<images>, or 'mini' for drawings."
+            f"No reference images in {source!r}. Expected {source}/<class>/<images>, 'mini' for drawings, or "
+            f"{REFERENCE!r} for that set from the Hub."
         )
     images = load_dataset(
         "imagefolder", data_files={"train": str(folder / "*" / "*")}, split="train", drop_labels=False

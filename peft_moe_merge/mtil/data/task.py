@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from datasets import Dataset
 
 
@@ -17,6 +18,7 @@ class Task:
         templates: prompt forms with one `{}` for the class name; training uses the first, evaluation averages all.
         train: rows with `image` (PIL) and `label` (int).
         test: the same.
+        lr: peak learning rate where the user gives none.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Task:
     templates: tuple[str, ...]
     train: Dataset
     test: Dataset
+    lr: float = 1e-3
 
     def __post_init__(self):
         if len(self.class_names) < 2:
@@ -34,7 +37,7 @@ class Task:
         for split, dataset in (("train", self.train), ("test", self.test)):
             if not len(dataset):
                 raise ValueError(f"Task {self.name!r} has no {split} images.")
-            labels = set(dataset.unique("label"))
+            labels = set(np.unique(labels_of(dataset)).tolist())
             if not labels <= set(range(len(self.class_names))):
                 raise ValueError(
                     f"Task {self.name!r} has {split} labels {sorted(labels - set(range(len(self.class_names))))} "
@@ -44,3 +47,8 @@ class Task:
     def prompts(self, template: str) -> list[str]:
         """Fill a template with every class name."""
         return [template.format(name) for name in self.class_names]
+
+
+def labels_of(dataset: Dataset, column: str = "label") -> np.ndarray:
+    """Read the labels and nothing else: no image is touched, and none copied."""
+    return dataset.select_columns(column).with_format("numpy")[:][column]

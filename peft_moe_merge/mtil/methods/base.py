@@ -17,6 +17,8 @@ from ..data.batches import Batch
 from ..data.task import Task
 from ..settings import setting
 
+TEXT_BATCH = 512  # prompts that are encoded at once
+
 
 @dataclass
 class MethodSettings:
@@ -48,7 +50,9 @@ class MethodSettings:
         64, "random sentences, reference images or exemplars per step, on top of the task's"
     )
     average_every: int = setting(10, "zscl: optimizer steps between the weights that are averaged")
-    reference: str = setting("mini", "zscl: 'mini', drawings; or a folder <class>/<images>")
+    reference: str = setting(
+        "mini", "zscl: 'mini', drawings; 'tiny_imagenet', from the Hub; or a folder <class>/<images>"
+    )
     exemplars: int = setting(500, "icarl: images kept, over all classes")
 
     def __post_init__(self):
@@ -121,12 +125,18 @@ class Method(ABC):
         return F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1)
 
     def class_features(self, task: Task, device: torch.device) -> Tensor:
-        """Encode classes, the mean over the task's templates: C x P, of unit length."""
-        per_template = []
-        for template in task.templates:
-            prompts = {name: tensor.to(device) for name, tensor in self.tokenize(task.prompts(template)).items()}
-            per_template.append(F.normalize(self.model.get_text_features(**prompts).pooler_output.float(), dim=-1))
-        return F.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+        """Encode classes, the mean over the task's templates: C x P, of unit length.
+
+        The stream calls it once per evaluation of a task. Memory does not grow with the number of templates.
+        """
+        prompts = [prompt for template in task.templates for prompt in task.prompts(template)]
+        parts = []
+        for start in range(0, len(prompts), TEXT_BATCH):
+            tokens = self.tokenize(prompts[start : start + TEXT_BATCH])
+            tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
+            parts.append(F.normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1))
+        features_TCP = torch.cat(parts).unflatten(0, (len(task.templates), len(task.class_names)))
+        return F.normalize(features_TCP.mean(dim=0), dim=-1)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize prompts, padded to the longest: under CLIP's causal mask that is exact, and cheaper than 77."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data.batches import Batch, eval_batches
-from ..data.task import Task
+from ..data.task import Task, labels_of
 from .distillation import distillation_loss
 from .herding import herd
 from .whole_clip import WholeClip, frozen_copy
@@ -96,7 +96,7 @@ class ICaRL(WholeClip):
         processor = self.processor.image_processor
         batches = eval_batches(self.task.train, processor, batch_size=64)
         features_NP = torch.cat([self.image_features(batch["pixel_values"].to(device)).cpu() for batch in batches])
-        labels_N = torch.tensor(self.task.train["label"])
+        labels_N = torch.from_numpy(labels_of(self.task.train))
         first = len(self.earlier_prompts)
         count = self.settings.exemplars // (first + len(self.task_prompts))
 

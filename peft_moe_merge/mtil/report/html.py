@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .anchors import anchor_notes
 from .figures import draw_all
 from .statistics import BASELINE
 from .tables import (
@@ -93,6 +94,7 @@ def report_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, str]],
     parts.append("<h2>Per task</h2>")
     for metric in COMPARED:
         parts += [f"<h3>{metric.capitalize()}</h3>", _table(task_rows(results, metric))]
+    parts += [f"<p class='note'>{escape(note)}</p>" for note in anchor_notes(results)]
     for name, runs in results["methods"].items():
         if len(runs) == 1:
             parts += [f"<h3>{escape(name)}: accuracy matrix</h3>", _table(matrix_rows(results["tasks"], runs[0]))]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import METRICS
+from .anchors import anchor_notes, anchor_values
 from .statistics import BASELINE, Estimate, estimate, over_seeds, paired_difference, per_task
 
 Rows = list[list[str]]
@@ -28,10 +29,16 @@ def matrix_rows(tasks: list[str], run: dict[str, Any]) -> Rows:
 
 
 def task_rows(results: dict[str, Any], metric: str) -> Rows:
-    """Lay out a metric of every method, per task and in the mean, with the standard deviation over seeds."""
+    """Lay out a metric of every method, per task and in the mean, with the standard deviation over seeds.
+
+    Below them the published numbers, if there are any.
+    """
     rows = [["method", *results["tasks"], "mean"]]
     for name, runs in results["methods"].items():
         rows.append([name, *map(spread, per_task(runs, metric)), spread(over_seeds(runs, metric))])
+    for label, values in anchor_values(results, metric).items():
+        known = [value for value in values if value is not None]
+        rows.append([label, *map(number, values), number(sum(known) / len(known) if known else None)])
     return rows
 
 
@@ -166,6 +173,8 @@ def print_results(results: dict[str, Any], console: Console | None = None, basel
     if rows := selection_rows(results):
         console.print(_table(selected_rows(results), "Own task chosen when all are learnt", "in % of a task's images"))
         console.print(_table(rows, "Choosing the task", SELECTION_CAPTION))
+    for note in anchor_notes(results):
+        console.print(Text(note))
     console.print(
         _table(summary_rows(results, baseline), f"suite {results['suite']}", summary_caption(results, baseline))
     )

@@ -3,19 +3,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from peft import PeftConfig
-
 from peft_moe_merge.merging import PAIRS, STRATEGIES
 from peft_moe_merge.registration import peft_type
 from peft_moe_merge.selection.base import Selector
 from peft_moe_merge.selection.files import load_selector, save_selector
+from peft_moe_merge.tuners.adapter_config import AdapterConfig
 
 FORMAT_VERSION = 1
 """Version of the adapter files that this release writes; it reads all up to this one."""
 
 
 @dataclass
-class MoELoraMergeConfig(PeftConfig):
+class MoELoraMergeConfig(AdapterConfig):
     """Configuration of [`MoELoraMergeModel`]: a mixture of LoRA experts with one router per task.
 
     With its defaults it adapts all encoder MLP blocks of a CLIP model as arXiv 2405.11530 does (55 experts, two per

@@ -37,6 +37,7 @@ class ExpertBank(nn.Module):
         down_weight, down_bias, up_weight, up_bias: per expert R x D, R, R x O, O (unit by unit, see `experts`).
         frozen: bool E.
         landmark: copies of all experts from which their movement is measured, where a loss asks for it.
+        sharded: every process holds a part of each expert (FSDP).
     """
 
     def __init__(self, config: MoELoraMergeConfig, in_features: int, out_features: int):
@@ -47,6 +48,7 @@ class ExpertBank(nn.Module):
             self.add_module(name, experts)
         self.register_buffer("frozen", torch.zeros(config.num_experts, dtype=torch.bool))
         self.landmark: list[Expert] | None = None
+        self.sharded = False
         self.mixture = token_mixture if config.routing == "token" else mixture
 
     def reset_parameters(self, init_weights: bool) -> None:
@@ -60,11 +62,20 @@ class ExpertBank(nn.Module):
             nn.init.zeros_(up_bias)
 
     def expert(self, index: int) -> Expert:
-        """Return one expert's tensors, without gradient, sharing their memory."""
-        return {name: getattr(self, name)[index].detach() for name in EXPERT_TENSORS}
+        """Return one expert's tensors, without gradient, sharing their memory unless they are sharded."""
+        return {name: gathered(getattr(self, name)[index]) for name in EXPERT_TENSORS}
 
     def set_landmark(self) -> None:
-        """Measure movement from here."""
+        """Measure movement from here.
+
+        Raises:
+            ValueError: the experts are sharded.
+        """
+        if is_sharded(self.down_weight[0]):
+            raise ValueError(
+                "`router_locality_loss` needs whole experts in every process, but these are sharded (FSDP). Set it to 0, "
+                "or train data parallel (DDP)."
+            )
         self.landmark = [
             {name: tensor.clone() for name, tensor in self.expert(index).items()} for index in range(len(self.frozen))
         ]
@@ -80,11 +91,59 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_BLD: Tensor, selection: Selection, gates_GK: Tensor, scaling: float, dropout: float) -> Tensor:
         stacked = selection.stack(*(getattr(self, name) for name in EXPERT_TENSORS))
-        return self.mixture(x_BLD, gates_GK, selection.positions_GK, *stacked, scaling=scaling, dropout=dropout)
+        y_BLO = self.mixture(x_BLD, gates_GK, selection.positions_GK, *stacked, scaling=scaling, dropout=dropout)
+        if self.sharded and self.training and torch.is_grad_enabled():
+            y_BLO = ZeroGradients.apply(y_BLO, *self.taken_elsewhere(selection.indices_GK))
+        return y_BLO
+
+    @torch.compiler.disable
+    def taken_elsewhere(self, indices_GK: Tensor) -> list[nn.Parameter]:
+        """List the trainable tensors of experts that other processes take and this one does not. All must call.
+
+        FSDP sums up the gradients that there are, so all processes must have the same ones.
+        """
+        chosen = indices_GK.flatten()
+        taken_E = torch.zeros(len(self.frozen), dtype=torch.int32, device=chosen.device).index_fill_(0, chosen, 1)
+        dist.all_reduce(taken_E)
+        experts = taken_E.index_fill_(0, chosen, 0).nonzero().flatten().tolist()
+        tensors = (getattr(self, name)[expert] for expert in experts for name in EXPERT_TENSORS)
+        return [tensor for tensor in tensors if tensor.requires_grad]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.down_weight[0].dtype
+
+
+class ZeroGradients(torch.autograd.Function):
+    """Hands on its first argument; the others get gradients of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Tell whether this process holds only a part of the parameter (a `DTensor`, as FSDP makes them)."""
+    return hasattr(parameter, "full_tensor")
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """Return a parameter without gradient; one that is sharded is put together, for which all processes must call."""
+    return parameter.detach().full_tensor() if is_sharded(parameter) else parameter.detach()
+
+
+def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter, sharded or not, to a whole tensor that is the same in all processes."""
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
 
 
 def in_backward() -> bool:
@@ -145,6 +204,16 @@ class RouterBank(nn.Module):
             self.add_task()
 
     def add_task(self) -> None:
+        """Add a router.
+
+        Raises:
+            RuntimeError: the others are sharded.
+        """
+        if len(self.weight) and is_sharded(self.weight[0]):
+            raise RuntimeError(
+                "A task can't be added to a model that is sharded (FSDP). Name all tasks in the config beforehand, or save "
+                "the adapter, load it into a new model, add the task there and shard that."
+            )
         like = self.weight[0] if len(self.weight) else torch.empty(())
         for routers in (self.weight, self.noise_weight):
             routers.append(nn.Parameter(torch.zeros(self.shape, dtype=like.dtype, device=like.device)))
@@ -360,7 +429,8 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             routers.decisions = []
         x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         alike = self.reads_prompts and self.tasks.prompts_start_alike
-        if self.moe_lora_routing[adapter_name] == "token":
+        by_token = self.moe_lora_routing[adapter_name] == "token"
+        if by_token:
             # every token is a sample of its own
             routed, x_BLD, alike = routed.tokens(x_BLD.shape[1]), x_BLD.reshape(-1, 1, x.shape[-1]), False
         start_GD = x_BLD[:, 0] if routed.rows_N is None else x_BLD[routed.rows_N, 0]
@@ -376,7 +446,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             indices_GK, gates_GK = indices_GK[routed.position_N], gates_GK[routed.position_N]
         if self.training:
             self._count(routers, routed, indices_GK, samples // indices_GK.shape[0])
-        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, experts.frozen.numel()))
+        return Choice(x_BLD, routed.rows_N, gates_GK, Selection(indices_GK, experts.frozen.numel(), by_token))
 
     @torch.compiler.disable  # which can't know of the backward pass
     def _count(self, routers: RouterBank, routed: Routed, indices_GK: Tensor, times: int) -> None:

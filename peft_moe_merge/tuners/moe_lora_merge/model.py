@@ -34,6 +34,9 @@ from .layer import (
     Linear,
     MoELoraMergeLayer,
     RouterBank,
+    gathered,
+    is_sharded,
+    overwrite,
     several_processes,
 )
 from .tasks import CarryTasks, TaskIds, TaskState
@@ -191,7 +194,7 @@ class MoELoraMergeModel(BaseTuner):
         return {name: layer.moe_lora_routers[self._adapter] for name, layer in self._adapted().items()}
 
     def expert_parameters(self, block: str, expert: int) -> dict[str, Tensor]:
-        """Return one expert's tensors, as views without gradient.
+        """Return one expert's tensors, as views without gradient; as copies where they are sharded, then all must call.
 
         Returns:
             `down_weight` D x r, `down_bias` r, `up_weight` r x D, `up_bias` D.
@@ -215,7 +218,7 @@ class MoELoraMergeModel(BaseTuner):
         """
         routers = self._of_block(self._routers(), block)
         index = self.peft_config[self._adapter].task_index(task)
-        return {"weight": routers.weight[index].detach(), "noise_weight": routers.noise_weight[index].detach()}
+        return {"weight": gathered(routers.weight[index]), "noise_weight": gathered(routers.noise_weight[index])}
 
     @staticmethod
     def _of_block(banks: dict[str, Any], block: str) -> Any:
@@ -249,6 +252,7 @@ class MoELoraMergeModel(BaseTuner):
 
         Raises:
             ValueError: the name is taken or empty.
+            RuntimeError: the model is sharded.
         """
         config = self.peft_config[self._adapter]
         check_new_task(task, config.tasks)
@@ -339,6 +343,11 @@ class MoELoraMergeModel(BaseTuner):
         for routers, counts_TE in zip(banks, counts_NTE, strict=True):
             routers.usage += counts_TE.to(routers.usage.device)
 
+    def forget_unshared_usage(self) -> None:
+        """Drop what this process has counted since counts were last shared: a step that was not taken."""
+        for routers in self._routers().values():
+            routers.take_unshared_usage()
+
     def reset_expert_usage(self) -> None:
         """Start counting the current task's selections at zero."""
         for routers in self._routers().values():
@@ -368,12 +377,14 @@ class MoELoraMergeModel(BaseTuner):
             union = STRATEGIES[config.merge_strategy](experts.expert(merge.first), experts.expert(merge.second))
             for tensor in EXPERT_TENSORS:
                 parameter = getattr(experts, tensor)[merge.target]
-                parameter.copy_(union[tensor])
+                overwrite(parameter, union[tensor])
                 if optimizer is not None:
                     optimizer.state.pop(parameter, None)
             if config.merge_router_columns == "mean":
-                for weight_DE in (routers.weight[self._task], routers.noise_weight[self._task]):
+                for parameter in (routers.weight[self._task], routers.noise_weight[self._task]):
+                    weight_DE = gathered(parameter)
                     weight_DE[:, merge.target] = weight_DE[:, [merge.first, merge.second]].mean(dim=1)
+                    overwrite(parameter, weight_DE)
             merges[name] = merge
         return merges
 
@@ -545,6 +556,13 @@ class MoELoraMergeModel(BaseTuner):
         with self._routed(task_ids):
             return self.model.get_text_features(*args, **kwargs)
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the base model's, or None for a `CLIPModel`, which has two and raises; Accelerate asks when it shards."""
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
+
     @contextmanager
     def _routed(self, task_ids: Tensor | None) -> Iterator[None]:
         self._checkpoint_with_tasks()
@@ -562,6 +580,13 @@ class MoELoraMergeModel(BaseTuner):
             if layer.gradient_checkpointing and not isinstance(function, CarryTasks):
                 layer._gradient_checkpointing_func = CarryTasks(function, self.tasks)
 
+    def _notice_sharding(self) -> None:
+        # A block's parameters are whole while the block runs; whether they are sharded shows before.
+        if self.training and several_processes():
+            for layer in self._layers().values():
+                for experts in layer.moe_lora_experts.values():
+                    experts.sharded = is_sharded(experts.down_weight[0])
+
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
         task_ids = kwargs.pop("task_ids", None)
@@ -569,6 +594,7 @@ class MoELoraMergeModel(BaseTuner):
             task_ids = self._chosen(model.forward, args, kwargs)
         ids = self._check_task_ids(task_ids)
         self._checkpoint_with_tasks()
+        self._notice_sharding()
         self.tasks.ids, self.tasks.prompt_ids = ids, None
         if ids is None or not isinstance(model, CLIPModel):
             return args, kwargs
@@ -669,9 +695,19 @@ class MoELoraMergeModel(BaseTuner):
             for key, tensor in own.items()
             if key in state_dict and state_dict[key].shape != tensor.shape
         ]
+        mistyped = [  # a header may call floats integers, of the same size
+            f"{key} is {state_dict[key].dtype}, expected {tensor.dtype}"
+            for key, tensor in own.items()
+            if key in state_dict and state_dict[key].is_floating_point() != tensor.is_floating_point()
+        ]
         problems = [
             f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of a wrong shape", misshapen),
+                ("of a wrong type", mistyped),
+            )
             if keys
         ]
         if problems:

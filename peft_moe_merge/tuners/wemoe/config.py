@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import PeftConfig
-
 from peft_moe_merge.registration import peft_type
+from peft_moe_merge.tuners.adapter_config import AdapterConfig
 
 
 @dataclass
-class WEMoEConfig(PeftConfig):
+class WEMoEConfig(AdapterConfig):
     """Configuration of a [`WEMoEModel`]: weight-ensembling mixture of experts over fine-tuned copies of one model.
 
     Sources: WEMoE (arXiv 2402.00433), E-WEMoE (arXiv 2410.21804) for `shared_router` and `sparsity`, SMILE

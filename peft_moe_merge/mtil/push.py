@@ -1,0 +1,96 @@
+"""The adapter of a finished stream to the Hub, with its card and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import CLIPProcessor
+
+from ..classifier import TaskClasses, write_classes
+from .data.task import Task
+from .report.card import base_model, model_card
+
+FILES = (SAFETENSORS_WEIGHTS_NAME, "selector.safetensors", "selector.json")
+"""Of a checkpoint, what goes along as it is."""
+
+
+def prepare_push(repo_id: str) -> str:
+    """Make the repository, if it is not there yet, so that a push that can't succeed fails before training.
+
+    Args:
+        repo_id: `user/name`, or a name of the user's own.
+
+    Returns:
+        `user/name`.
+
+    Raises:
+        PermissionError: there is no token, or it is not one of that user or organisation.
+    """
+    api = HfApi()
+    try:
+        me = api.whoami()
+        owner, allowed = repo_id.rpartition("/")[0], {me["name"], *(org["name"] for org in me.get("orgs", []))}
+        if owner and owner not in allowed:
+            raise PermissionError(
+                f"The token of the Hub is that of {me['name']!r}, who can't push to {repo_id!r}: its owner must be "
+                f"{' or '.join(map(repr, sorted(allowed)))}."
+            )
+        return api.create_repo(repo_id, exist_ok=True).repo_id
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(
+            f"Pushing to {repo_id!r} needs a token of the Hub: `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub does not let this token push to {repo_id!r}: {str(error).strip()} A token that may write comes from "
+            "https://huggingface.co/settings/tokens."
+        ) from error
+
+
+def push_adapter(
+    repo_id: str,
+    checkpoint: Path,
+    tasks: list[Task],
+    processor: CLIPProcessor,
+    results: dict[str, Any],
+    seed: int,
+    license: str = "apache-2.0",
+) -> str:
+    """Push what `PeftModel.from_pretrained` and `ContinualClassifier.from_pretrained` need, in one commit.
+
+    Args:
+        repo_id: `user/name`.
+        checkpoint: the stream's, after its last task.
+        tasks: the stream, for the names of classes.
+        processor: of the CLIP.
+        results: the content of `results.json`, for the card.
+        seed: of the run that the checkpoint is from.
+        license: of the adapter.
+
+    Returns:
+        The commit's address.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in FILES:
+            if (checkpoint / file).is_file():
+                shutil.copy(checkpoint / file, folder)
+        config = json.loads((checkpoint / CONFIG_NAME).read_text())
+        config["base_model_name_or_path"] = base_model(results["settings"])  # a folder here is of no use elsewhere
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_classes(folder, {task.name: TaskClasses(task.class_names, task.templates) for task in tasks})
+        processor.save_pretrained(folder)
+        model_card(results, repo_id, seed, license).save(folder / "README.md")
+        commit = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(tasks)} tasks"
+        )
+    return commit.commit_url

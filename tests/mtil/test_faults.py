@@ -1,0 +1,278 @@
+"""Killed at any moment, a process lost, the disk full: a run goes on afterwards and ends as if nothing had happened."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from processes import start, world
+from safetensors.torch import load_file
+
+from peft_moe_merge.mtil.clip import load_clip
+from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.data.mini import mini_clip_path
+from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.results import empty_results, run_result, write_results
+from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "mtil.py"
+WEIGHTS = "moe_lora_merge/seed_42/after_3/adapter_model.safetensors"
+
+
+def learn(folder, steps=6, stop_after=None):
+    """What the example does, without its report."""
+    stream = load_digit_tasks()
+    settings = StreamSettings(steps=steps, batch_size=16, lr=[5e-3])
+    progress = run_stream(
+        stream,
+        lambda: METHODS["moe_lora_merge"](
+            *load_clip(mini_clip_path()), MethodSettings(num_experts=24, r=32, merge_every=2)
+        ),
+        settings,
+        folder / "moe_lora_merge" / "seed_42",
+        Accelerator(cpu=True),
+        resume=True,
+        stop_after=stop_after,
+    )
+    if len(progress.matrix) < len(stream):
+        return
+    results = empty_results("digits", [task.name for task in stream], {})
+    results["methods"]["moe_lora_merge"] = [run_result(42, progress)]
+    write_results(folder / "results.json", results)
+
+
+def results_of(folder):
+    """All of `results.json` but the time it took."""
+    results = json.loads((folder / "results.json").read_text())
+    for runs in results["methods"].values():
+        for run in runs:
+            assert run.pop("seconds") > 0
+    return results
+
+
+def assert_same_outcome(actual, expected):
+    assert results_of(actual) == results_of(expected)
+    one, other = load_file(actual / WEIGHTS), load_file(expected / WEIGHTS)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    assert [path.name for path in (actual / WEIGHTS).parent.parent.iterdir()] == ["after_3"], "nothing else is left"
+
+
+def partials(folder):
+    return list(folder.glob("**/*.partial"))
+
+
+def wait(condition, seconds, alive):
+    """Wait until the condition holds, the time is over, or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition() and alive() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def test_killed_and_resumed(tmp_path):
+    straight = start(learn, tmp_path / "straight")
+    straight.join()
+    assert straight.exitcode == 0
+
+    folder, moments, left_half_written = tmp_path / "killed", random.Random(0), 0
+    checkpoints = folder / "moe_lora_merge" / "seed_42"
+    for condition, delay in (
+        (lambda: partials(folder), 0.0),  # while a checkpoint is written
+        ((checkpoints / "after_1").exists, 0.3),
+        ((checkpoints / "after_2.partial").exists, 0.0),
+        ((checkpoints / "after_2").exists, 0.3),
+    ):
+        process = start(learn, folder)
+        wait(condition, 120, process.is_alive)
+        process.join(moments.uniform(0, delay))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        left_half_written += len(partials(folder))
+    last = start(learn, folder)
+    last.join()
+    assert last.exitcode == 0 and left_half_written
+    assert_same_outcome(folder, tmp_path / "straight")
+
+
+@contextmanager
+def files_end_at(size):
+    """As if the disk were full: no file can grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A file system with room for so many bytes, or a skip where none can be made."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path):
+    learn(tmp_path / "straight", steps=2)
+    folder = tmp_path / "full"
+    learn(folder, steps=2, stop_after=1)
+    checkpoints = folder / "moe_lora_merge" / "seed_42"
+    before = {path: path.read_bytes() for path in (checkpoints / "after_1").iterdir()}
+    with files_end_at(1_000_000), pytest.raises(OSError, match=r"Could not write '.*/after_2'.*Make room.*--resume"):
+        learn(folder, steps=2)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in checkpoints.iterdir()] == ["after_1"], "nothing takes up room"
+    learn(folder, steps=2)
+    assert_same_outcome(folder, tmp_path / "straight")
+
+
+def test_results_that_do_not_fit(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, {"runs": 1})
+    with files_end_at(1000), pytest.raises(OSError, match="Could not write '.*results.json'.*as it was"):
+        write_results(path, {"runs": [0] * 1000})
+    assert json.loads(path.read_text()) == {"runs": 1} and [other.name for other in tmp_path.iterdir()] == [path.name]
+
+
+# ------------------------------------------------------------------------------------- the example itself, slowly
+
+ARGUMENTS = {
+    "suite": "digits",
+    "model": "untrained",
+    "methods": "moe_lora_merge",
+    "steps": 6,
+    "batch_size": 16,
+    "lr": 5e-3,
+    "num_experts": 24,
+    "r": 32,
+    "merge_every": 2,
+    "output_dir": "run",
+    "resume": True,
+    "cpu": True,
+}
+
+
+def example(folder, *launcher, **environment):
+    """Start the example in a folder, its own words in `log`."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(EXAMPLE), *(f"--{name}={value}" for name, value in ARGUMENTS.items())],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def log_of(folder):
+    return (folder / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    began = time.monotonic()
+    assert example(folder).wait(600) == 0, log_of(folder)
+    return folder, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_the_example_killed_at_twenty_moments(undisturbed, tmp_path):
+    """Runs are killed again and again until one comes through; then the next run, until there were 20 kills."""
+    straight, duration = undisturbed
+    moments = random.Random(0)
+    kills = half_written = runs = 0
+    while kills < 20:
+        runs += 1
+        folder = tmp_path / str(runs)
+        survived = False
+        while not survived:
+            process = example(folder)
+            if kills % 2:
+                wait(lambda folder=folder: partials(folder), 600, lambda process=process: process.poll() is None)
+            else:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(moments.uniform(0.3, 1.0) * duration)
+            process.kill()
+            survived = process.wait() == 0
+            assert survived or process.returncode == -signal.SIGKILL, log_of(folder)
+            kills += not survived
+            half_written += bool(partials(folder))
+        assert_same_outcome(folder / "run", straight / "run")
+    assert half_written >= 3, "some of them while a checkpoint was written"
+    print(f"{kills} kills, {half_written} of them while a file was written, in {runs} runs")
+
+
+@pytest.mark.slow
+def test_the_example_on_a_disk_that_is_full(undisturbed, tmp_path):
+    stored = (undisturbed[0] / "run" / WEIGHTS).stat().st_size
+    with small_disk(tmp_path / "disk", int(1.6 * stored)) as folder:  # for one checkpoint, not for a second beside it
+        assert example(folder).wait(600) == 1
+        assert "Could not write 'run/moe_lora_merge/seed_42/after_2'" in log_of(folder), log_of(folder)
+        assert "Make room" in log_of(folder)
+        assert [path.name for path in (folder / "run" / WEIGHTS).parents[1].glob("*")] == ["after_1"]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        assert example(folder).wait(600) == 0, log_of(folder)
+        assert_same_outcome(folder / "run", undisturbed[0] / "run")
+
+
+def two_processes(folder):
+    """Start both by hand, as on two nodes: nothing but themselves can end them."""
+    return [example(folder, **environment) for environment in world(2)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed_pair")
+    assert [process.wait(600) for process in two_processes(folder)] == [0, 0], log_of(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_two_processes_is_lost(undisturbed_pair, tmp_path, lost):
+    processes = two_processes(tmp_path)
+    checkpoint = tmp_path / "run/moe_lora_merge/seed_42/after_1"
+    wait(checkpoint.exists, 600, lambda: all(process.poll() is None for process in processes))
+    time.sleep(0.2)
+    processes[lost].kill()
+    began = time.monotonic()
+    assert processes[1 - lost].wait(120) == 1, log_of(tmp_path)
+    print(f"process {1 - lost} ended {time.monotonic() - began:.1f} s after process {lost}")
+    assert f"Process {1 - lost} of 2 had to stop in task 'digits_4_to_6'" in log_of(tmp_path), log_of(tmp_path)
+    assert "--resume" in log_of(tmp_path)
+    assert [process.wait(600) for process in two_processes(tmp_path)] == [0, 0], log_of(tmp_path)
+    assert_same_outcome(tmp_path / "run", undisturbed_pair / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_process_is_lost(undisturbed_pair, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
+    launcher = example(tmp_path, *torchrun)
+    checkpoint = tmp_path / "run/moe_lora_merge/seed_42/after_1"
+    wait(checkpoint.exists, 600, lambda: launcher.poll() is None)
+    next(child for child in psutil.Process(launcher.pid).children() if str(EXAMPLE) in child.cmdline()).kill()
+    assert launcher.wait(120) == 1, log_of(tmp_path)
+    assert "Signal 9 (SIGKILL)" in log_of(tmp_path)
+    assert example(tmp_path, *torchrun).wait(600) == 0, log_of(tmp_path)
+    assert_same_outcome(tmp_path / "run", undisturbed_pair / "run")

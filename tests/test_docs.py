@@ -1,0 +1,51 @@
+"""The snippets of the documentation run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_clip
+from hub.loopback import OWNER_TOKEN, LoopbackHub
+from peft import get_peft_model
+from PIL import Image
+from transformers import CLIPModel
+
+from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge.mtil.data.mini import mini_clip_path
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def snippets(page: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
+
+
+def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = MoELoraMergeConfig(num_experts=4, r=4, tasks=["pets", "shapes"])
+    get_peft_model(CLIPModel.from_pretrained(mini_clip_path()), config).save_pretrained(tmp_path / "my_adapter")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels[0]).save(tmp_path / "tom.jpg")
+    Image.fromarray(pixels[1]).save(tmp_path / "ball.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippets("inference.md"), names)
+    assert [one.task for one in names["several"]] == ["pets", "shapes", None]
+    assert names["logits"].shape == (5, 3)
+
+
+@pytest.mark.slow  # the same calls are in tests/hub/test_adapters.py
+def test_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    hub.add_repo("model", "owner/clip", {path.name: path for path in (tmp_path / "clip").iterdir()})
+    code = (
+        snippets("hub.md").replace('"user/', '"owner/')
+        + '\nassert model.peft_config["default"].tasks == ["pets", "shapes"]'
+    )
+    environment = hub.environment(tmp_path / "home", OWNER_TOKEN)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
