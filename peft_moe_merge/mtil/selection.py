@@ -118,7 +118,8 @@ class StreamSelectors:
         for batch in self._bar(batches, f"features of {task.name}", accelerator):
             for source, kept in collected.items():
                 features_BF = method.model.frozen_features(source, batch["pixel_values"]).float()
-                kept.append(tuple(accelerator.gather_for_metrics((features_BF.cpu(), batch["labels"].cpu()))))
+                gathered = accelerator.gather_for_metrics((features_BF, batch["labels"]))
+                kept.append(tuple(tensor.cpu() for tensor in gathered))
         texts_CP = _class_features(method, task, NONE, accelerator).cpu() if "text" in self.selectors else None
         for selector in self.selectors.values():
             selector.fit(task.name, collected[selector.source], texts_CP)

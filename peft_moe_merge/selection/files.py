@@ -49,12 +49,6 @@ def save_selector(selector: Selector, folder: str | Path) -> None:
     os.replace(partial, folder / CONFIG)
 
 
-def remove_selector(folder: str | Path) -> None:
-    """Delete the files of a selector, if there are any."""
-    for name in (CONFIG, WEIGHTS):
-        (Path(folder) / name).unlink(missing_ok=True)
-
-
 def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) -> Selector:
     """Read a selector from a folder, or from a repository on the Hub. Only JSON and safetensors are read.
 

@@ -73,7 +73,7 @@ class GaussianSelector(Selector):
         return shrink(shared["scatter"] / max(images, 1.0), images)
 
     def _add(self, task: str, own: dict[str, Tensor], shared: dict[str, Tensor], held_out: list[Tensor]) -> None:
-        if self.shared:
+        if self.shared and self.reject_rate > 0:
             old = self.shared["scatter"]
             before, now = (
                 (torch.cholesky_inverse(torch.linalg.cholesky(self._covariance(state)[0])) * old).sum()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from peft_moe_merge.merging import PAIRS, STRATEGIES
 from peft_moe_merge.registration import peft_type
 from peft_moe_merge.selection.base import Selector
-from peft_moe_merge.selection.files import load_selector, remove_selector, save_selector
+from peft_moe_merge.selection.files import load_selector, save_selector
 from peft_moe_merge.tuners.adapter_config import AdapterConfig
 
 FORMAT_VERSION = 1
@@ -47,7 +47,7 @@ class MoELoraMergeConfig(AdapterConfig):
         router_balance_loss: weight of a loss that spreads a task's samples over the experts; 0 is off. With this or the
             next, add `model.auxiliary_loss()` to the loss.
         router_locality_loss: weight of a loss that keeps the router off experts that have moved far; 0 is off.
-        selector: kind of the task selector in the adapter's folder, if there is one; set by `model.attach_selector`.
+        selector: kind of the task selector in the adapter's folder, if there is one; set by the library.
         format_version: version of the adapter's files; set by the library.
 
     Attributes:
@@ -181,13 +181,13 @@ class MoELoraMergeConfig(AdapterConfig):
         return self.tasks.index(task)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration, and the attached selector beside it."""
+        """Write the configuration, and before it the attached selector. Without one, the files of another are ignored."""
+        self.selector = None
         if self.task_selector is not None:
             check_selector(self.task_selector, self.tasks, may_lag=True)
             save_selector(self.task_selector, save_directory)
+            self.selector = self.task_selector.kind
         super().save_pretrained(save_directory, **kwargs)
-        if self.task_selector is None:
-            remove_selector(save_directory)
 
     @classmethod
     def from_pretrained(

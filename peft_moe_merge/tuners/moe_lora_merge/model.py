@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,6 +95,12 @@ class MoELoraMergeModel(BaseTuner):
             )
         # The config grows with `add_task`: one of our own, in case the caller's serves a second model.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if config.selector is not None and config.task_selector is None:
+            warnings.warn(
+                f"The adapter {adapter_name!r} was saved with a task selector, which a configuration loaded by itself "
+                "does not bring: `model.attach_selector(load_selector(folder))`, or load without `config`.",
+                stacklevel=2,
+            )
         self.tasks.current[adapter_name] = config.task_index(config.current_task)
         trainable = {
             name: layer.moe_lora_trainable.copy()
@@ -269,7 +276,6 @@ class MoELoraMergeModel(BaseTuner):
         if selector is not None:
             check_selector(selector, config.tasks)
         config.task_selector = selector
-        config.selector = None if selector is None else selector.kind
 
     @property
     def task_selector(self) -> Selector | None:
