@@ -17,9 +17,6 @@ from ..classifier import TaskClasses, write_classes
 from .data.task import Task
 from .report.card import base_model, model_card
 
-FILES = (SAFETENSORS_WEIGHTS_NAME, "selector.safetensors", "selector.json")
-"""Of a checkpoint, what goes along as it is."""
-
 
 def prepare_push(repo_id: str) -> str:
     """Make the repository, if it is not there yet, so that a push that can't succeed fails before training.
@@ -81,9 +78,7 @@ def push_adapter(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file in FILES:
-            if (checkpoint / file).is_file():
-                shutil.copy(checkpoint / file, folder)
+        shutil.copy(checkpoint / SAFETENSORS_WEIGHTS_NAME, folder)
         config = json.loads((checkpoint / CONFIG_NAME).read_text())
         config["base_model_name_or_path"] = base_model(results["settings"])  # a folder here is of no use elsewhere
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
