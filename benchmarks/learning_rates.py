@@ -3,8 +3,8 @@
     python benchmarks/learning_rates.py [--steps 60] [--tasks aerial digits food] [--seeds 0 1]
 
 A fifth of each task's training images is held out. Each task is learnt by itself, from the pretrained CLIP, at every rate of a
-grid; printed is the mean accuracy on the held-out images. The rates that `make demo` and docs/merging.md use were chosen so, for
-all methods alike.
+grid; printed is the mean accuracy on the held-out images. The rates of experts and LoRAs that
+`make demo` and docs/merging.md use were chosen so.
 """
 
 import argparse
