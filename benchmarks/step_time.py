@@ -46,6 +46,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge.whole import whole
 
 MERGE_EVERY = 100
 TASKS = 11
@@ -411,9 +412,8 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def save(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(json.dumps(result, indent=1))
-    partial_path.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1))
 
 
 def main() -> None:

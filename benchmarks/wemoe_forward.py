@@ -22,6 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig
 from peft_moe_merge.tuners.wemoe.layer import WEMoEBlock
+from peft_moe_merge.whole import whole
 
 
 def build(config: WEMoEConfig, width: int, deltas: dict[str, torch.Tensor], seed: int) -> WEMoEBlock:
@@ -150,9 +151,8 @@ def main() -> None:
                 )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.output.with_name(args.output.name + ".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        partial.replace(args.output)
+        with whole(args.output) as partial:
+            partial.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from transformers.image_utils import load_image
 
 from .tuners.moe_lora_merge.config import MoELoraMergeConfig
 from .tuners.moe_lora_merge.tasks import PLAIN
+from .whole import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -297,10 +298,8 @@ def write_classes(
         "tasks": {name: asdict(classes) for name, classes in tasks.items()},
         "open_classes": None if open_classes is None else asdict(open_classes),
     }
-    file = Path(folder, CLASSES_FILE)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(told, indent=1))
-    os.replace(partial, file)
+    with whole(Path(folder, CLASSES_FILE)) as partial:
+        partial.write_text(json.dumps(told, indent=1))
 
 
 def _task_classes(classes: TaskClasses | Sequence[str]) -> TaskClasses:

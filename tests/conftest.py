@@ -1,7 +1,9 @@
 """Small models and inputs that the tests share. Seeded."""
 
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
@@ -45,6 +47,17 @@ def tiny_batch(images: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([[0, 5, 6, 7, 1], [0, 8, 1, 1, 1], [0, 9, 10, 1, 1]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
     }
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """As if the disk were full: the kernel refuses to write beyond so many bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def randomize(model: torch.nn.Module, seed: int = 1) -> None:

@@ -1,28 +1,14 @@
 """A disk that fills up while an adapter is written: an error, and nothing half-written. The limit is the kernel's own."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize, tiny_batch, tiny_clip
+from conftest import files_up_to, randomize, tiny_batch, tiny_clip
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from peft_moe_merge import MoELoraMergeConfig
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """Let the kernel refuse to write beyond so many bytes of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def adapter(seed: int) -> PeftModel:

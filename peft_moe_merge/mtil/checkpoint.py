@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .whole import whole
+from peft_moe_merge.whole import whole
+
+GO_ON = "go on by `resume=True` (`--resume`)"
+"""What to do after a failure, once its cause is mended."""
 
 SELECTORS = "selectors"
 """The folder in a checkpoint in which a run's task selectors are."""
@@ -73,7 +76,7 @@ def save(
         OSError: it could not be written, say for want of space. The one before is as it was.
     """
     before = _checkpoints(folder)
-    with whole(folder / f"after_{len(progress.matrix)}") as partial:
+    with whole(folder / f"after_{len(progress.matrix)}", GO_ON) as partial:
         partial.mkdir(parents=True)
         write_weights(partial)
         progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Progress
+from peft_moe_merge.whole import whole
+
+from .checkpoint import GO_ON, Progress
 from .metrics.mtil import stream_metrics
-from .whole import whole
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
 KEYS = ("suite", "tasks", "settings", "versions", "methods")
@@ -98,7 +99,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
         ValueError: a number is NaN or infinite.
         OSError: it could not be written, say for want of space. What was there before is as it was.
     """
-    with whole(path) as partial:
+    with whole(path, GO_ON) as partial:
         partial.write_text(json.dumps(results, indent=1, allow_nan=False))
 
 

@@ -5,7 +5,6 @@ Shapes: B images, F features, T tasks, V variants (selectors x decisions), C cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from peft_moe_merge.selection import (
     save_selector,
 )
 
-from .data.batches import Batch, eval_batches
+from .data.batches import Batch
 from .data.task import Task
 from .methods import Method
 from .methods.moe_lora_merge import MoELoraMerge
@@ -111,9 +110,10 @@ class StreamSelectors:
         return list(dict.fromkeys(selector.source for selector in self.selectors.values()))
 
     @torch.no_grad()
-    def fit(self, method: MoELoraMerge, task: Task, batches: Iterator[Batch], accelerator: Accelerator) -> None:
+    def fit(self, method: MoELoraMerge, task: Task, settings: Any, accelerator: Accelerator) -> None:
         """Fit all selectors on a task that was just learnt. With several processes all fit on the images of all."""
         method.model.to(accelerator.device).eval()
+        batches = accelerator.prepare(settings.eval_batches(task.train, method.processor.image_processor))
         collected: dict[FeatureSource, list[tuple[Tensor, Tensor]]] = {source: [] for source in self.sources}
         for batch in self._bar(batches, f"features of {task.name}", accelerator):
             for source, kept in collected.items():
@@ -150,14 +150,7 @@ class StreamSelectors:
         confusion_JVN = torch.zeros(len(tasks), len(variants), len(tasks) + 1, dtype=torch.int64)
         margins, unknown = [], []
         for position, task in enumerate(tasks):
-            batches = accelerator.prepare(
-                eval_batches(
-                    task.test,
-                    method.processor.image_processor,
-                    batch_size=settings.eval_batch_size,
-                    num_workers=settings.num_workers,
-                )
-            )
+            batches = accelerator.prepare(settings.eval_batches(task.test, method.processor.image_processor))
             classes: dict[int, Tensor] = {}
             hits = torch.zeros(len(variants))
             total = 0
@@ -188,20 +181,9 @@ class StreamSelectors:
         chosen, margins = [], []
         for selector in self.selectors.values():
             scores_BT, bars_BT = selector.judge(features[selector.source].float())
-            together = self.settings.selector_batch
-            for chosen_B, margins_B in (
-                decide(scores_BT, bars_BT),
-                map(
-                    torch.cat,
-                    zip(
-                        *(
-                            decide(*parts, per_batch=True)
-                            for parts in zip(scores_BT.split(together), bars_BT.split(together), strict=True)
-                        ),
-                        strict=True,
-                    ),
-                ),
-            ):
+            groups = (values_BT.split(self.settings.selector_batch) for values_BT in (scores_BT, bars_BT))
+            together = [decide(*group, per_batch=True) for group in zip(*groups, strict=True)]
+            for chosen_B, margins_B in (decide(scores_BT, bars_BT), map(torch.cat, zip(*together, strict=True))):
                 chosen.append(chosen_B)
                 margins.append(margins_B)
         return torch.stack(chosen, dim=1), torch.stack(margins, dim=1)

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
+from transformers import BaseImageProcessor, get_cosine_schedule_with_warmup
 
 from . import checkpoint
 from .checkpoint import Progress
@@ -58,6 +60,10 @@ class StreamSettings:
         if not self.lr:
             return task.lr
         return self.lr[position] if len(self.lr) > 1 else self.lr[0]
+
+    def eval_batches(self, dataset: Dataset, processor: BaseImageProcessor) -> DataLoader:
+        """Go through all images of a data set once, as testing does."""
+        return eval_batches(dataset, processor, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
 
 def run_stream(
@@ -139,13 +145,7 @@ def run_stream(
             row = [accuracy(method, other, settings, accelerator) for other in tasks]
             progress.matrix.append(row)
             if selectors is not None:
-                train = eval_batches(
-                    task.train,
-                    method.processor.image_processor,
-                    batch_size=settings.eval_batch_size,
-                    num_workers=settings.num_workers,
-                )
-                selectors.fit(method, task, accelerator.prepare(train), accelerator)
+                selectors.fit(method, task, settings, accelerator)
                 progress.selection.append(selectors.evaluate(method, tasks, settings, accelerator))
                 progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
             progress.seconds += time.perf_counter() - began
@@ -259,14 +259,7 @@ def accuracy(method: Method, task: Task, settings: StreamSettings, accelerator: 
     """Test on a task's test images against its own classes. Top-1, in percent."""
     method.model.to(accelerator.device).eval()
     method.prepare_evaluation(task)
-    batches = accelerator.prepare(
-        eval_batches(
-            task.test,
-            method.processor.image_processor,
-            batch_size=settings.eval_batch_size,
-            num_workers=settings.num_workers,
-        )
-    )
+    batches = accelerator.prepare(settings.eval_batches(task.test, method.processor.image_processor))
     correct = total = 0
     with accelerator.autocast():
         classes_CP = method.class_features(task, accelerator.device)

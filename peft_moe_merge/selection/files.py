@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from peft_moe_merge.whole import whole
 
 from .autoencoder import AutoencoderSelector
 from .base import Selector
@@ -41,12 +42,10 @@ def save_selector(selector: Selector, folder: str | Path) -> None:
         "source": selector.source.to_dict(),
         "options": selector.options(),
     }
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(described, indent=2))
-    os.replace(partial, folder / CONFIG)
+    with whole(folder / WEIGHTS) as partial:
+        save_file(tensors, partial)
+    with whole(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(described, indent=2))
 
 
 def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) -> Selector:

@@ -3,13 +3,14 @@
 import base64
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
 import torch
+
+from peft_moe_merge.whole import whole
 
 from .claims import Claim, judge, show
 from .figures import draw_all
@@ -132,6 +133,5 @@ def _table(rows: list[tuple[str, ...]], mark: Callable[[str], str | None] = lamb
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with whole(path) as partial:
+        partial.write_bytes(content)

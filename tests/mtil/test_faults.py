@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import runpy
 import shutil
 import signal
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import files_up_to
 from processes import PATIENCE, start, world
 from safetensors.torch import load_file
 
@@ -110,17 +110,6 @@ def test_killed_and_resumed(tmp_path):
 
 
 @contextmanager
-def files_end_at(size):
-    """As if the disk were full: no file can grow beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
 def small_disk(folder, size):
     """A file system with room for so many bytes, or a skip where none can be made."""
     folder.mkdir()
@@ -139,7 +128,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     learn(folder, steps=2, stop_after=1)
     checkpoints = folder / "moe_lora_merge" / "seed_42"
     before = {path: path.read_bytes() for path in (checkpoints / "after_1").iterdir()}
-    with files_end_at(1_000_000), pytest.raises(OSError, match=r"Could not write '.*/after_2'.*Make room.*--resume"):
+    with files_up_to(1_000_000), pytest.raises(OSError, match=r"Could not write '.*/after_2'.*Make room.*--resume"):
         learn(folder, steps=2)
     assert {path: path.read_bytes() for path in before} == before
     assert [path.name for path in checkpoints.iterdir()] == ["after_1"], "nothing takes up room"
@@ -150,7 +139,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 def test_results_that_do_not_fit(tmp_path):
     path = tmp_path / "results.json"
     write_results(path, {"runs": 1})
-    with files_end_at(1000), pytest.raises(OSError, match="Could not write '.*results.json'.*as it was"):
+    with files_up_to(1000), pytest.raises(OSError, match="Could not write '.*results.json'.*as it was"):
         write_results(path, {"runs": [0] * 1000})
     assert json.loads(path.read_text()) == {"runs": 1} and [other.name for other in tmp_path.iterdir()] == [path.name]
 

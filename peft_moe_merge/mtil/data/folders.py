@@ -10,6 +10,7 @@ from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 from tqdm import tqdm
 
+from .defects import defect, listed
 from .task import Task
 from .templates import templates_for
 
@@ -70,24 +71,14 @@ def _check_classes(files: dict[str, dict[str, list[Path]]]) -> None:
 
 
 def _check_images(paths: list[Path], progress: bool) -> None:
-    def defect(path: Path) -> str | None:
-        try:
-            with PILImage.open(path) as image:
-                image.load()
-        except Exception as error:  # Pillow's readers raise whatever they meet
-            return f"{path}: {error}"
-        return None
-
     with ThreadPoolExecutor() as pool:
         bar = tqdm(
             pool.map(defect, paths), total=len(paths), desc="checking images", leave=False, disable=not progress
         )
-        defects = [found for found in bar if found]
+        defects = [f"{path}: {error}" for path, error in zip(paths, bar, strict=True) if error]
     if defects:
-        listed = "\n  ".join(defects[:10])
-        more = f"\n  and {len(defects) - 10} more" if len(defects) > 10 else ""
         raise ValueError(
-            f"{len(defects)} of {len(paths)} images can't be read; replace or remove them:\n  {listed}{more}"
+            f"{len(defects)} of {len(paths)} images can't be read; replace or remove them:\n  {listed(defects)}"
         )
 
 

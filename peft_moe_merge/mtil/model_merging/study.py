@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.static_merges import merge_static
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned
+from peft_moe_merge.whole import whole
 
+from ..checkpoint import GO_ON
 from ..data.task import Task
 from ..results import write_results
 from ..settings import setting
@@ -158,10 +158,8 @@ def _trained(run: Run, folder: Path, tasks: Sequence[TaskImages], steps: int) ->
         model = finetune(
             run.clip, tasks, run.accelerator, steps=steps, lr=s.finetune_lr, batch_size=s.batch_size, seed=run.seed
         )
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        os.replace(partial, folder)
+        with whole(folder, GO_ON) as partial:
+            model.save_pretrained(partial)
     return CLIPModel.from_pretrained(folder, use_safetensors=True).to(run.accelerator.device).eval()
 
 

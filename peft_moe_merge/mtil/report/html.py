@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from peft_moe_merge.whole import whole
 
 from .anchors import anchor_notes
 from .figures import draw_all
@@ -120,7 +121,6 @@ def _table(rows: Rows) -> str:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_bytes(content)
     return path

@@ -180,6 +180,11 @@ class MoELoraMergeConfig(AdapterConfig):
             raise ValueError(f"Unknown task {task!r}. Tasks with a router: {self.tasks}. Add one by `add_task(name)`.")
         return self.tasks.index(task)
 
+    @property
+    def has_router_losses(self) -> bool:
+        """Whether `auxiliary_loss()` has anything to add."""
+        return self.router_balance_loss > 0 or self.router_locality_loss > 0
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration, and before it the attached selector. Without one, the files of another are ignored."""
         self.selector = None

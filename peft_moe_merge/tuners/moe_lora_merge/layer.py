@@ -196,7 +196,7 @@ class RouterBank(nn.Module):
         self.noise_weight = nn.ParameterList()
         self.register_buffer("usage", torch.zeros(0, config.num_experts, dtype=torch.int64))
         self.register_buffer("stopped", torch.zeros(0, dtype=torch.bool))
-        self.keep_decisions = config.router_balance_loss > 0 or config.router_locality_loss > 0
+        self.keep_decisions = config.has_router_losses
         self.decisions: list[Decisions] = []
         self.unshared_usage = torch.zeros(0, config.num_experts, dtype=torch.int64, device="cpu")
         self.register_state_dict_pre_hook(_count_everything)

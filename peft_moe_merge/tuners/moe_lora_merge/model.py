@@ -444,7 +444,7 @@ class MoELoraMergeModel(BaseTuner):
                 losses.append(loss)
         if losses:
             return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-        if config.router_balance_loss or config.router_locality_loss:
+        if config.has_router_losses:
             raise RuntimeError(
                 "There are no routing decisions to compute a loss from. Call `auxiliary_loss()` after a forward pass in "
                 "training mode, with a task set."
@@ -459,9 +459,9 @@ class MoELoraMergeModel(BaseTuner):
 
     def keep_routing_decisions(self, keep: bool) -> None:
         """Keep each block's decisions in training for `routing_decisions`; losses that need them keep them anyway."""
-        config = self.peft_config[self._adapter]
+        needed = self.peft_config[self._adapter].has_router_losses
         for routers in self._routers().values():
-            routers.keep_decisions = keep or config.router_balance_loss > 0 or config.router_locality_loss > 0
+            routers.keep_decisions = keep or needed
 
     def routing_decisions(self) -> dict[str, Decisions]:
         """Return, per block, what the current task's router decided in the latest training forward pass, if kept."""

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from peft_moe_merge.whole import whole
+
 from .config import WEMoEConfig
 from .router import Router
 from .zero_shot import task_logits
@@ -216,10 +218,10 @@ def _save_checkpoint(
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"run": json.dumps(settings)})
-    os.replace(partial, path)
+    path, tensors = Path(path), {name: tensor.contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        save_file(tensors, partial, {"run": json.dumps(settings)})
 
 
 def _load_checkpoint(

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +31,10 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from PIL import Image as PILImage
 from torch.utils.data import random_split
 from tqdm import tqdm
 
+from ..defects import defect, listed
 from ..task import Task, labels_of
 from ..templates import templates_for
 from .table import HUB_SETS, REFERENCE, REFERENCE_SET, HubSet, class_names
@@ -158,24 +157,17 @@ def check_images(name: str, column: str, splits: dict[str, Dataset], *, few: boo
         ):
             for start in range(0, len(rows), 256):
                 part = rows[start : start + 256]
-                for row, error in zip(part, pool.map(_defect, raw[part][column]), strict=True):
+                files = (
+                    image["path"] if image["bytes"] is None else BytesIO(image["bytes"]) for image in raw[part][column]
+                )
+                for row, error in zip(part, pool.map(defect, files), strict=True):
                     defects += [f"{name}, split {split!r}, row {row}: {error}"] if error else []
                 bar.update(len(part))
     if defects:
-        listed = "\n  ".join(defects[:10]) + (f"\n  and {len(defects) - 10} more" if len(defects) > 10 else "")
         raise ValueError(
             f"{name!r} has {len(defects)} images that can't be read. Load it anew by `force_download` "
-            f"(`--force_download` of the prefetch command); if they stay, the copy itself is damaged:\n  {listed}"
+            f"(`--force_download` of the prefetch command); if they stay, the copy itself is damaged:\n  {listed(defects)}"
         )
-
-
-def _defect(image: dict[str, Any]) -> Exception | None:
-    try:
-        with PILImage.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
-            opened.load()
-    except Exception as error:  # Pillow's readers raise whatever they meet
-        return error
-    return None
 
 
 def match_class_names(name: str, found: Iterable[str], without: tuple[str, ...] = ()) -> dict[str, int]:

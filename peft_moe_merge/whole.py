@@ -12,10 +12,14 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def whole(final: Path) -> Iterator[Path]:
+def whole(final: Path, then: str = "try again") -> Iterator[Path]:
     """Give a path `<final>.partial` to write a file or a folder to. It takes the name `final` once all of it is on the disk.
 
     What was at `final` before stays until then. A process that is killed leaves a `.partial`, which the next one removes.
+
+    Args:
+        final: the path in the end; its folder must exist, unless the caller makes it for `<final>.partial`.
+        then: what users are told to do when the cause of a failure is mended.
 
     Raises:
         OSError: it could not be written, say for want of space. Nothing is left of it.
@@ -31,7 +35,7 @@ def whole(final: Path) -> Iterator[Path]:
         _remove(partial)
         raise OSError(
             f"Could not write {str(final)!r}: {error}. What was there before is as it was. Make room or mend the cause, "
-            "then go on by `resume=True` (`--resume`)."
+            f"then {then}."
         ) from error
     _flush(final.parent)
 
