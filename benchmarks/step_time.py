@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from peft_moe_merge import MoELoraMergeConfig
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
 
 MERGE_EVERY = 100
 TASKS = 11

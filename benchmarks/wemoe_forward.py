@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
+from peft_moe_merge.files import whole
 from peft_moe_merge.tuners.wemoe import WEMoEConfig
 from peft_moe_merge.tuners.wemoe.layer import WEMoEBlock
-from peft_moe_merge.whole import whole
 
 
 def build(config: WEMoEConfig, width: int, deltas: dict[str, torch.Tensor], seed: int) -> WEMoEBlock:

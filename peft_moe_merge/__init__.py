@@ -4,10 +4,10 @@
 `WEMoEConfig`: one model from several fine-tuned ones. Importing this package registers both with PEFT.
 """
 
-from .callback import ExpertMergeCallback
-from .classifier import ContinualClassifier, TaskClasses
-from .router_freeze import RouterFreezeCallback
-from .static_merges import merge_static
+from .callbacks import ExpertMergeCallback, RouterFreezeCallback
+from .inference import ContinualClassifier, TaskClasses
+from .model_merging.static import merge_static
+from .moved import serve_moved_modules
 from .tuners.moe_lora_merge import MoELoraMergeConfig, MoELoraMergeModel
 from .tuners.wemoe import WEMoEConfig, WEMoEModel, adapt_routers, merge_finetuned
 
@@ -25,3 +25,5 @@ __all__ = [
     "merge_static",
 ]
 __version__ = "0.1.0"
+
+serve_moved_modules()

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
-from peft_moe_merge.routing import top_k_gates
+from peft_moe_merge.tuners.moe_lora_merge.routing import top_k_gates
 
 EXPERTS, TOP_K = 6, 2
 

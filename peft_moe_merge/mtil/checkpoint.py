@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
 
 GO_ON = "go on by `resume=True` (`--resume`)"
 """What to do after a failure, once its cause is mended."""

@@ -13,7 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import CLIPProcessor
 
-from ..classifier import TaskClasses, write_classes
+from peft_moe_merge.inference.classifier import TaskClasses, write_classes
+
 from .data.task import Task
 from .report.card import base_model, model_card
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
 
 from .checkpoint import GO_ON, Progress
 from .metrics.mtil import stream_metrics

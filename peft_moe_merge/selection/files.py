@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
 
 from .autoencoder import AutoencoderSelector
 from .base import Selector

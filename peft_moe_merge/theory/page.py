@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
 
 from .claims import Claim, judge, show
 from .figures import draw_all

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from peft_moe_merge.routing_stop import FlagRule, update_flags
+from peft_moe_merge.tuners.moe_lora_merge.routing_stop import FlagRule, update_flags
 
 Routing = Literal["gate", "task", "cluster"]
 Signals = Literal["cluster", "task", "none"]
@@ -49,7 +49,7 @@ class Setting:
         stop: whether the stop rule may freeze the gate.
         explore: rounds before the stop rule looks (T_1); None means `ceil(experts / step_size)`.
         gap: threshold of the stop rule (Gamma).
-        flag_rule: reading of the stop rule, see `peft_moe_merge.routing_stop.gate_gap_flags`.
+        flag_rule: reading of the stop rule, see `peft_moe_merge.tuners.moe_lora_merge.routing_stop.gate_gap_flags`.
 
     Raises:
         ValueError: a value outside its range, or values that contradict each other.

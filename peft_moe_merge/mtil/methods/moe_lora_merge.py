@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
-from peft_moe_merge.task_callback import TaskCallback
+from peft_moe_merge.callbacks.base import TaskCallback
 
 from ..data.batches import Batch
 from ..data.task import Task

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import CLIPModel, CLIPProcessor
 
-from peft_moe_merge.static_merges import merge_static
+from peft_moe_merge.files import whole
+from peft_moe_merge.model_merging.static import merge_static
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned
-from peft_moe_merge.whole import whole
 
 from ..checkpoint import GO_ON
 from ..data.task import Task

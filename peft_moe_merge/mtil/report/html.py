@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
 
 from .anchors import anchor_notes
 from .figures import draw_all

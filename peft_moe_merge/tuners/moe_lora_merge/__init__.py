@@ -1,4 +1,4 @@
-from peft_moe_merge.registration import register
+from peft_moe_merge.tuners.registration import register
 
 from .config import MoELoraMergeConfig
 from .layer import MLP, Linear, MoELoraMergeLayer

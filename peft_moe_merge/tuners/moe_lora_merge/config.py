@@ -3,11 +3,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from peft_moe_merge.merging import PAIRS, STRATEGIES
-from peft_moe_merge.registration import peft_type
 from peft_moe_merge.selection.base import Selector
 from peft_moe_merge.selection.files import load_selector, save_selector
 from peft_moe_merge.tuners.adapter_config import AdapterConfig
+from peft_moe_merge.tuners.moe_lora_merge.pool import PAIRS, STRATEGIES
+from peft_moe_merge.tuners.registration import peft_type
 
 FORMAT_VERSION = 1
 """Version of the adapter files that this release writes; it reads all up to this one."""

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_moe_merge.experts import Selection, mixture, token_mixture
-from peft_moe_merge.merging import Expert
-from peft_moe_merge.routing import router_logits, selection_counts, top_k_gates
-from peft_moe_merge.routing_losses import displacement
+from peft_moe_merge.tuners.moe_lora_merge.mixture import Selection, mixture, token_mixture
+from peft_moe_merge.tuners.moe_lora_merge.pool import Expert
+from peft_moe_merge.tuners.moe_lora_merge.routing import router_logits, selection_counts, top_k_gates
+from peft_moe_merge.tuners.moe_lora_merge.routing_losses import displacement
 
 from .config import MoELoraMergeConfig
-from .tasks import Routed, TaskState
+from .context import Routed, TaskState
 
 EXPERT_TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTextModel
 
-from peft_moe_merge.merging import STRATEGIES, Merge, choose_merge, favourites
-from peft_moe_merge.routing import selection_counts
-from peft_moe_merge.routing_losses import balance_loss, locality_loss
 from peft_moe_merge.selection.base import Selector
 from peft_moe_merge.selection.features import FeatureSource
+from peft_moe_merge.tuners.moe_lora_merge.pool import STRATEGIES, Merge, choose_merge, favourites
+from peft_moe_merge.tuners.moe_lora_merge.routing import selection_counts
+from peft_moe_merge.tuners.moe_lora_merge.routing_losses import balance_loss, locality_loss
 
+from .clip_forward import mixed_task_output
 from .config import MoELoraMergeConfig, check_new_task, check_selector
+from .context import CarryTasks, TaskIds, TaskState
 from .layer import (
     EXPERT_TENSORS,
     MLP,
@@ -39,8 +41,6 @@ from .layer import (
     overwrite,
     several_processes,
 )
-from .tasks import CarryTasks, TaskIds, TaskState
-from .two_towers import mixed_task_output
 
 CLIP_MLP_BLOCKS = ["mlp"]
 

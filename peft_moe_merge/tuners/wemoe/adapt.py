@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from peft_moe_merge.whole import whole
+from peft_moe_merge.files import whole
+from peft_moe_merge.model_merging.logits import task_logits
 
 from .config import WEMoEConfig
 from .router import Router
-from .zero_shot import task_logits
 
 
 def entropy(logits_BC: torch.Tensor, gates: list[torch.Tensor], scaling: float) -> torch.Tensor:

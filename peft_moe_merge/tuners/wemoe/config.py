@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft_moe_merge.registration import peft_type
 from peft_moe_merge.tuners.adapter_config import AdapterConfig
+from peft_moe_merge.tuners.registration import peft_type
 
 
 @dataclass

@@ -10,8 +10,9 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from peft_moe_merge.model_merging.finetuned import Finetuned, TaskVectors, load_task_vectors
+
 from .config import WEMoEConfig
-from .finetuned import Finetuned, TaskVectors, load_task_vectors
 from .layer import WEMoELinear, WEMoEStatic
 from .model import default_targets
 

@@ -1,0 +1,7 @@
+"""When experts merge and freeze, and when routers stop: callbacks for a `Trainer` or a loop of one's own."""
+
+from .base import TaskCallback
+from .expert_merge import ExpertMergeCallback
+from .router_freeze import RouterFreezeCallback
+
+__all__ = ["ExpertMergeCallback", "RouterFreezeCallback", "TaskCallback"]

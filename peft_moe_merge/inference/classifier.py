@@ -1,0 +1,310 @@
+"""Images in; label, task and probabilities out.
+
+Shapes: B images, C classes of a task, P projection width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+from transformers.image_utils import load_image
+
+from peft_moe_merge.files import whole
+from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig
+from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CLASSES_FILE = "classifier.json"
+"""Beside an adapter: what its tasks' classes are called."""
+
+
+@dataclass(frozen=True)
+class TaskClasses:
+    """What the images of a task may be.
+
+    Attributes:
+        class_names: in plain words.
+        templates: prompt forms with one `{}` for the class name; their features are averaged.
+    """
+
+    class_names: Sequence[str]
+    templates: Sequence[str] = ("a photo of a {}.",)
+
+    def __post_init__(self):
+        if isinstance(self.class_names, str) or not self.class_names:
+            raise ValueError(f"`class_names` must be a list of at least one name, got {self.class_names!r}.")
+        if isinstance(self.templates, str) or not self.templates or any("{}" not in form for form in self.templates):
+            raise ValueError(f"`templates` must be a list of texts with a '{{}}' in each, got {self.templates!r}.")
+        for name in ("class_names", "templates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image is.
+
+    Attributes:
+        label: the most probable class.
+        score: its probability.
+        task: whose routers and classes it was judged by; None for CLIP without experts.
+        probabilities: of all classes in question, in their order; they add up to 1.
+    """
+
+    label: str
+    score: float
+    task: str | None
+    probabilities: dict[str, float]
+
+
+class ContinualClassifier:
+    """Classifies images of all tasks that an adapter has learnt.
+
+    An image that belongs to task `t` is encoded by the routers of `t` and told apart among the classes of `t`, whose
+    prompts are encoded by the same routers. An image of no known task takes CLIP without experts and is told apart
+    among `open_classes`. Images of different tasks share a batch. Class texts are encoded once; after training the
+    model further, make a new classifier.
+
+        classifier = ContinualClassifier(model, processor, {"pets": ["cat", "dog"], "food": ["soup", "pie"]})
+        classifier("tom.jpg", task="pets").label
+
+    Args:
+        model: a CLIP with an adapter of [`MoELoraMergeConfig`]; it is put into evaluation mode.
+        processor: of the CLIP.
+        tasks: the classes of every task of the adapter, by its name: their names, or [`TaskClasses`] with templates.
+        open_classes: what an image of no known task may be; default: the classes of all tasks, each by the templates
+            of the first task that has it.
+        batch_size: images per forward pass.
+
+    Raises:
+        TypeError: the adapter is of another method.
+        ValueError: `tasks` are not those of the adapter.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        processor: CLIPProcessor,
+        tasks: Mapping[str, TaskClasses | Sequence[str]],
+        *,
+        open_classes: TaskClasses | Sequence[str] | None = None,
+        batch_size: int = 64,
+    ):
+        config = model.peft_config[model.active_adapter]
+        if not isinstance(config, MoELoraMergeConfig):
+            raise TypeError(
+                f"The classifier needs an adapter of MoELoraMergeConfig, got one of {type(config).__name__}."
+            )
+        names = list(config.tasks)
+        if set(names) != set(tasks):
+            raise ValueError(
+                f"The adapter has the tasks {names}, but classes are given for {list(tasks)}: name the same."
+            )
+        self.model = model.eval()
+        self.processor = processor
+        self.tasks = {name: _task_classes(tasks[name]) for name in names}
+        self.open_classes = None if open_classes is None else _task_classes(open_classes)
+        self.batch_size = batch_size
+        self._names = names
+        self._texts: dict[int, tuple[list[str], Tensor]] = {}
+
+    def __call__(
+        self,
+        images: Image | str | Path | Sequence[Image | str | Path],
+        task: str | int | Sequence[str | int] | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Classify.
+
+        Args:
+            images: one or several, as PIL images, paths or URLs.
+            task: name or id of the images' task, one for all or one per image; -1 for CLIP without experts. None lets
+                the selector that is attached to the model choose for each image.
+
+        Returns:
+            A prediction, or as many as there are images.
+
+        Raises:
+            ValueError: an unknown task; fewer or more tasks than images; no task and no selector; no such file.
+            OSError: a file is no image.
+        """
+        single = isinstance(images, (str, Path)) or not isinstance(images, Sequence)
+        images = [images] if single else list(images)
+        given = None if task is None else self._ids(task, len(images))
+        predictions = []
+        for start in range(0, len(images), self.batch_size):
+            stop = start + self.batch_size
+            batch = [load_image(str(image) if isinstance(image, Path) else image) for image in images[start:stop]]
+            predictions += self._predict(batch, None if given is None else given[start:stop])
+        return predictions[0] if single else predictions
+
+    def _ids(self, task: str | int | Sequence[str | int], count: int) -> list[int]:
+        tasks = [task] * count if isinstance(task, (str, int)) else list(task)
+        if len(tasks) != count:
+            raise ValueError(f"{len(tasks)} tasks for {count} images: give one, or one per image.")
+        known = {name: index for index, name in enumerate(self._names)}
+        ids = [known.get(task, task) for task in tasks]
+        unknown = [task for task in ids if isinstance(task, str) or not PLAIN <= task < len(known)]
+        if unknown:
+            raise ValueError(f"Unknown tasks {unknown}. There are {known}, and -1 for CLIP without experts.")
+        return ids
+
+    @torch.no_grad()
+    def _predict(self, images: list[Image], ids: list[int] | None) -> list[Prediction]:
+        clip = self.model.get_base_model()
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(clip.device, clip.dtype)
+        ids_B = self._select(pixels) if ids is None else torch.tensor(ids, device=clip.device)
+        features = self.model.get_image_features(pixel_values=pixels, task_ids=ids_B).pooler_output
+        features_BP = F.normalize(features.float(), dim=-1)
+        predictions: list[Prediction | None] = [None] * len(images)
+        for task in ids_B.unique().tolist():
+            labels, texts_CP = self.class_texts(task)
+            rows = (ids_B == task).nonzero().squeeze(1)
+            logits = clip.logit_scale.exp().float() * features_BP[rows] @ texts_CP.T
+            for row, probabilities in zip(rows.tolist(), logits.softmax(dim=-1).tolist(), strict=True):
+                by_label = dict(zip(labels, probabilities, strict=True))
+                best = max(by_label, key=by_label.get)
+                name = None if task == PLAIN else self._names[task]
+                predictions[row] = Prediction(best, by_label[best], name, by_label)
+        return predictions
+
+    def _select(self, pixels: Tensor) -> Tensor:
+        if self.model.task_selector is None:
+            raise ValueError(
+                f"Which task are these images from? Give `task=` (one of {self._names}, or -1 for CLIP without experts), "
+                "or let a selector choose: `model.attach_selector(selector)`."
+            )
+        return self.model.select_tasks(pixels)[0]
+
+    @torch.no_grad()
+    def class_texts(self, task: str | int) -> tuple[list[str], Tensor]:
+        """Encode the classes of a task, by name or id, by its routers; those of -1 by CLIP without experts.
+
+        Returns:
+            The class names, and their features C x P of unit length, means over the templates.
+        """
+        (task,) = self._ids(task, 1)
+        if task not in self._texts:
+            if task != PLAIN:
+                classes = self.tasks[self._names[task]]
+                prompts = {name: _fill(classes.templates, name) for name in classes.class_names}
+            elif self.open_classes is not None:
+                prompts = {name: _fill(self.open_classes.templates, name) for name in self.open_classes.class_names}
+            else:
+                prompts = {}
+                for classes in self.tasks.values():
+                    for name in classes.class_names:
+                        prompts.setdefault(name, _fill(classes.templates, name))
+            flat = [prompt for of_class in prompts.values() for prompt in of_class]
+            features_NP = torch.cat([self._encode(flat[i : i + 256], task) for i in range(0, len(flat), 256)])
+            means = [part.mean(dim=0) for part in features_NP.split([len(of_class) for of_class in prompts.values()])]
+            self._texts[task] = list(prompts), F.normalize(torch.stack(means), dim=-1)
+        return self._texts[task]
+
+    def _encode(self, prompts: list[str], task: int) -> Tensor:
+        tokens = self.processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(
+            self.model.device
+        )
+        ids_N = torch.full((len(prompts),), task, device=self.model.device)
+        output = self.model.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], task_ids=ids_N
+        )
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    # ------------------------------------------------------------------------------------------------ saving, loading
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write adapter, processor and classes; `from_pretrained` reads them, and PEFT the adapter alone.
+
+        Push the folder by `huggingface_hub.HfApi().upload_folder(...)`.
+        """
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        write_classes(folder, self.tasks, self.open_classes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | os.PathLike,
+        *,
+        clip: CLIPModel | None = None,
+        processor: CLIPProcessor | None = None,
+        batch_size: int = 64,
+        **download: Any,
+    ) -> ContinualClassifier:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            adapter: folder, or name on the Hub.
+            clip: the CLIP that the adapter is for; default: the one that the adapter names.
+            processor: default: the one beside the adapter.
+            batch_size: as in the constructor.
+            download: `revision`, `token`, `cache_dir`, ... of the adapter; the CLIP gets `token` and `cache_dir`.
+
+        Raises:
+            FileNotFoundError: the folder has no classes beside the adapter.
+            ValueError: the classes are damaged, or the adapter does not name its CLIP, or does not fit `clip`.
+        """
+        if os.path.isdir(adapter):
+            classes_file = Path(adapter, download.get("subfolder") or "", CLASSES_FILE)
+        else:
+            classes_file = Path(hf_hub_download(adapter, CLASSES_FILE, **download))
+        if not classes_file.is_file():
+            raise FileNotFoundError(
+                f"{str(adapter)!r} has no {CLASSES_FILE}: `ContinualClassifier.save_pretrained` did not write it. Load the "
+                "adapter by PEFT, and name the classes of its tasks to the constructor."
+            )
+        try:
+            told = json.loads(classes_file.read_text())
+            tasks = {name: TaskClasses(**classes) for name, classes in told["tasks"].items()}
+            open_classes = None if told["open_classes"] is None else TaskClasses(**told["open_classes"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{CLASSES_FILE} in {str(adapter)!r} is damaged: {error!r}. Save or download it anew."
+            ) from error
+        if clip is None:
+            config = PeftConfig.from_pretrained(adapter, **download)
+            if config.base_model_name_or_path is None:
+                raise ValueError(f"The adapter {str(adapter)!r} does not say which CLIP it is for: give `clip`.")
+            further = {key: download[key] for key in ("token", "cache_dir") if key in download}
+            clip = CLIPModel.from_pretrained(
+                config.base_model_name_or_path, revision=config.revision, use_safetensors=True, **further
+            )
+        return cls(
+            PeftModel.from_pretrained(clip, adapter, **download),
+            processor or CLIPProcessor.from_pretrained(adapter, **download),
+            tasks,
+            open_classes=open_classes,
+            batch_size=batch_size,
+        )
+
+
+def write_classes(
+    folder: str | os.PathLike, tasks: Mapping[str, TaskClasses], open_classes: TaskClasses | None = None
+) -> None:
+    """Write the classes of an adapter's tasks beside it."""
+    told = {
+        "tasks": {name: asdict(classes) for name, classes in tasks.items()},
+        "open_classes": None if open_classes is None else asdict(open_classes),
+    }
+    with whole(Path(folder, CLASSES_FILE)) as partial:
+        partial.write_text(json.dumps(told, indent=1))
+
+
+def _task_classes(classes: TaskClasses | Sequence[str]) -> TaskClasses:
+    return classes if isinstance(classes, TaskClasses) else TaskClasses(classes)
+
+
+def _fill(templates: Iterable[str], name: str) -> list[str]:
+    return [template.format(name) for template in templates]

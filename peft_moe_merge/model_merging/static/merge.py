@@ -1,0 +1,76 @@
+"""One interface for all static merges."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_moe_merge.model_merging.finetuned import Finetuned, load_task_vectors
+
+from .adamerging import adamerging
+from .arithmetic import average, dare, task_arithmetic, ties
+from .fisher import fisher
+from .regmean import regmean
+
+STATIC_MERGES: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+    "average": average,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare,
+    "fisher": fisher,
+    "regmean": regmean,
+    "adamerging": adamerging,
+}
+"""Each takes the base model, the `TaskVectors` and its options, and returns the merged values of changed parameters."""
+
+
+def merge_static(
+    base: nn.Module,
+    finetuned: Mapping[str, Finetuned] | Iterable[tuple[str, Finetuned]],
+    method: str = "task_arithmetic",
+    **options: Any,
+) -> nn.Module:
+    """Merge fine-tuned copies of `base` into one model of the same architecture.
+
+    Args:
+        base: the pretrained model; it is not changed.
+        finetuned: as in `merge_finetuned`.
+        method: a key of `STATIC_MERGES`.
+        **options: of the method. `fisher`, `regmean` and `adamerging` need `batches`, images of each task.
+
+    Returns:
+        A copy of `base` with merged weights, in eval mode.
+
+    Raises:
+        ValueError: an unknown method, an option that it lacks or does not have, data missing for a task, or fine-tuned
+            models that do not fit (see `merge_finetuned`).
+    """
+    if method not in STATIC_MERGES:
+        raise ValueError(f"there is no static merge {method!r}; choose one of {list(STATIC_MERGES)}.")
+    merge = STATIC_MERGES[method]
+    known = list(inspect.signature(merge).parameters.values())[2:]
+    unknown = sorted(set(options) - {parameter.name for parameter in known})
+    lacking = [p.name for p in known if p.default is p.empty and p.name not in options]
+    if unknown or lacking:
+        raise ValueError(
+            f"{method!r} has the options {[parameter.name for parameter in known]}"
+            + (f"; {unknown} are not among them" if unknown else "")
+            + (f"; {lacking} must be given" if lacking else "")
+            + "."
+        )
+    vectors = load_task_vectors(base, finetuned)
+    for name in {"batches", "heads"} & set(options):
+        if missing := [task for task in vectors.tasks if task not in options[name]]:
+            raise ValueError(f"`{name}` lacks the tasks {missing}; it has {list(options[name])}.")
+    merged = copy.deepcopy(base).eval()
+    values = merge(base, vectors, **options)
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters(remove_duplicate=False):
+            if name in values:
+                parameter.copy_(values[name])
+    return merged

@@ -1,0 +1,204 @@
+"""Static merges against formulas written here."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel
+
+from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static
+
+TASKS = ("cars", "dtd")
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 32, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+
+
+@pytest.fixture
+def finetuned(base):
+    models = {}
+    for seed, task in enumerate(TASKS, start=1):
+        g = torch.Generator().manual_seed(seed)
+        models[task] = copy.deepcopy(base)
+        for name, parameter in models[task].named_parameters():
+            if name.startswith("vision_model"):
+                parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=g))
+    return models
+
+
+@pytest.fixture
+def data():
+    g = torch.Generator().manual_seed(3)
+    return {
+        "batches": {task: [torch.randn(6, 3, 16, 16, generator=g) for _ in range(3)] for task in TASKS},
+        "heads": {task: F.normalize(torch.randn(4, 12, generator=g), dim=-1) for task in TASKS},
+    }
+
+
+def tau(base, finetuned, name):
+    return torch.stack([m.get_parameter(name) - base.get_parameter(name) for m in finetuned.values()]).detach()
+
+
+@pytest.mark.parametrize("method", STATIC_MERGES)
+def test_every_merge_is_a_plain_model_and_leaves_its_inputs_alone(base, finetuned, data, method):
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    options = data if method in ("fisher", "regmean", "adamerging") else {}
+    if method == "adamerging":
+        options = {**options, "steps": 2, "progress": False}
+    merged = merge_static(base, finetuned, method, **options)
+    assert type(merged) is CLIPModel and merged.state_dict().keys() == base.state_dict().keys()
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name])
+        own = merged.get_parameter(name)
+        assert own.isfinite().all()
+        if name.startswith("vision_model"):
+            assert not torch.equal(own, parameter) or tau(base, finetuned, name).abs().max() < 1e-9
+        else:
+            assert torch.equal(own, parameter)
+    again = merge_static(base, finetuned, method, **options)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), again.parameters(), strict=True))
+
+
+def test_average_and_task_arithmetic(base, finetuned):
+    for method, options, scaling in (("average", {}, 0.5), ("task_arithmetic", {"scaling": 0.4}, 0.4)):
+        merged = merge_static(base, finetuned, method, **options)
+        for name, parameter in base.named_parameters():
+            expected = parameter + scaling * tau(base, finetuned, name).sum(0)
+            torch.testing.assert_close(merged.get_parameter(name), expected)
+
+
+def test_ties_keeps_large_changes_of_the_elected_sign(base, finetuned):
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    merged = merge_static(base, finetuned, "ties", density=0.5, scaling=1.0)
+    changes = tau(base, finetuned, name).flatten(1)
+    kept = changes.shape[1] // 2
+    for row in changes:
+        row[row.abs().argsort(descending=True)[kept:]] = 0
+    expected = torch.zeros(changes.shape[1])
+    for i, column in enumerate(changes.T):
+        elected = 1.0 if column.sum() >= 0 else -1.0
+        agreeing = [float(value) for value in column if value * elected > 0]
+        expected[i] = sum(agreeing) / len(agreeing) if agreeing else 0.0
+    actual = merged.get_parameter(name) - base.get_parameter(name)
+    torch.testing.assert_close(actual.flatten(), expected, rtol=0, atol=1e-6)
+
+
+def test_dare_is_unbiased_and_seeded(base, finetuned):
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    draws = torch.stack(
+        [
+            merge_static(base, finetuned, "dare", density=0.5, scaling=1.0, seed=seed).get_parameter(name)
+            - base.get_parameter(name)
+            for seed in range(200)
+        ]
+    )
+    expected = tau(base, finetuned, name).sum(0)
+    assert not torch.equal(draws[0], draws[1])
+    assert (draws.mean(0) - expected).norm() < 0.12 * expected.norm()  # 1 / sqrt(200), for one of two that is dropped
+
+
+def test_fisher_weighs_by_squared_gradients(base, finetuned, data):
+    """One image per task, classes so clear that the drawn one is certain up to chance: weigh by hand."""
+    name = "vision_model.encoder.layers.0.mlp.fc2.weight"
+    merged = merge_static(base, finetuned, "fisher", images=1, floor=1e-9, seed=0, **data)
+    generator = torch.Generator().manual_seed(0)
+    weighted, total = 0, 0
+    for task, model in finetuned.items():
+        model = copy.deepcopy(model)
+        image = data["batches"][task][0][:1]
+        features = F.normalize(model.get_image_features(pixel_values=image).pooler_output, dim=-1)
+        p = (model.logit_scale.exp() * features @ data["heads"][task].T).softmax(-1)[0]
+        label = torch.multinomial(p.detach(), 1, generator=generator)
+        weight = torch.autograd.grad(p[label].log().sum(), model.get_parameter(name))[0] ** 2 + 1e-9
+        weighted, total = weighted + weight * model.get_parameter(name), total + weight
+    torch.testing.assert_close(merged.get_parameter(name), weighted / total, rtol=1e-4, atol=1e-6)
+
+
+def test_regmean_is_the_least_squares_solution(base, finetuned, data):
+    """Without damping the merged weight reproduces all layers' outputs better than any weight near it."""
+    name = "vision_model.encoder.layers.0.mlp.fc1"
+    merged = merge_static(base, finetuned, "regmean", off_diagonal=1.0, **data)
+    inputs = {}
+    for task, model in finetuned.items():
+        seen = []
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+        with torch.no_grad():
+            for batch in data["batches"][task]:
+                model.get_image_features(pixel_values=batch)
+        handle.remove()
+        inputs[task] = torch.cat(seen).flatten(0, 1).double()
+
+    def error(weight):
+        return sum(
+            ((inputs[task] @ (weight - m.get_submodule(name).weight.double()).T) ** 2).sum()
+            for task, m in finetuned.items()
+        )
+
+    weight = merged.get_submodule(name).weight.detach().double()
+    stacked = torch.cat(list(inputs.values()))
+    targets = torch.cat([inputs[t] @ m.get_submodule(name).weight.double().T for t, m in finetuned.items()])
+    best = torch.linalg.lstsq(stacked, targets).solution.T
+    assert error(weight).item() == pytest.approx(error(best).item(), rel=1e-4)
+    average = sum(m.get_submodule(name).weight.double() for m in finetuned.values()) / 2
+    assert error(weight) < 0.9 * error(average)
+    bias = merged.get_submodule(name).bias
+    torch.testing.assert_close(bias, sum(m.get_submodule(name).bias for m in finetuned.values()) / 2)
+
+
+def test_adamerging_starts_at_task_arithmetic_and_lowers_entropy(base, finetuned, data):
+    start = merge_static(base, finetuned, "adamerging", steps=0, progress=False, **data)
+    arithmetic = merge_static(base, finetuned, "task_arithmetic")
+    for a, b in zip(start.parameters(), arithmetic.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+    @torch.no_grad()
+    def entropy(model):
+        total = 0.0
+        for task in TASKS:
+            features = F.normalize(
+                model.get_image_features(pixel_values=torch.cat(data["batches"][task])).pooler_output, dim=-1
+            )
+            p = (model.logit_scale.exp() * features @ data["heads"][task].T).softmax(-1)
+            total -= (p * p.log()).sum(-1).mean().item()
+        return total
+
+    learned = merge_static(base, finetuned, "adamerging", steps=20, lr=0.02, progress=False, **data)
+    assert entropy(learned) < entropy(start) - 0.02
+    # One coefficient per tensor and task: every change is a combination of that tensor's task vectors.
+    name = "vision_model.encoder.layers.0.mlp.fc2.weight"
+    change = (learned.get_parameter(name) - base.get_parameter(name)).detach().flatten()
+    basis = tau(base, finetuned, name).flatten(1).T
+    solution = torch.linalg.lstsq(basis, change[:, None]).solution
+    torch.testing.assert_close((basis @ solution).flatten(), change, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("magic", {}, "no static merge 'magic'"),
+        ("ties", {"densty": 0.2}, r"\['densty'\] are not among them"),
+        ("fisher", {}, r"\['batches', 'heads'\] must be given"),
+        ("fisher", {"batches": {"cars": []}, "heads": {}}, "lacks the tasks"),
+        (
+            "regmean",
+            {"batches": {t: [] for t in TASKS}, "heads": dict.fromkeys(TASKS)},
+            "no images of task 'cars'",
+        ),
+    ],
+)
+def test_bad_input_is_named(base, finetuned, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        merge_static(base, finetuned, method, **options)
+
+
+def test_models_that_do_not_fit_are_named(base):
+    with pytest.raises(ValueError, match="'a' is not a copy"):
+        merge_static(base, {"a": nn.Linear(2, 2)})
