@@ -1,6 +1,7 @@
 """Adapters of the first release load to the outputs that it gave."""
 
-import shutil
+import importlib
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from conftest import tiny_batch, tiny_clip
 from peft import PeftModel
 from safetensors.torch import load_file
 from wemoe_clip import small_clip
+
+import peft_moe_merge  # noqa: F401  (registers the methods)
 
 FOLDER = Path(__file__).parent / "release_0_1"
 IDS = torch.tensor([0, 1, -1, 1])
@@ -47,7 +50,7 @@ def test_selectors(folder):
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDER.glob("w*/")), ids=lambda folder: folder.name)
-def test_wemoe(folder, tmp_path):
+def test_wemoe(folder):
     then = load_file(folder / "outputs.safetensors")
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model = PeftModel.from_pretrained(small_clip(), folder).eval()
@@ -60,14 +63,13 @@ def test_wemoe(folder, tmp_path):
 @pytest.mark.parametrize("name", ["mixture_sample", "mixture_token", "wemoe_rank"])
 def test_saved_anew_they_stay_the_same(name, tmp_path):
     base = small_clip if name.startswith("w") else tiny_clip
-    shutil.copytree(FOLDER / name, tmp_path / "old")
-    PeftModel.from_pretrained(base(), tmp_path / "old").save_pretrained(tmp_path / "new")
+    PeftModel.from_pretrained(base(), FOLDER / name).save_pretrained(tmp_path / "new")
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         old, new = (
-            PeftModel.from_pretrained(base(), tmp_path / which).eval().get_image_features(pixel_values=pixels)
-            for which in ("old", "new")
+            PeftModel.from_pretrained(base(), which).eval().get_image_features(pixel_values=pixels)
+            for which in (FOLDER / name, tmp_path / "new")
         )
     assert torch.equal(old.pooler_output, new.pooler_output)
 
@@ -77,9 +79,6 @@ def test_saved_anew_they_stay_the_same(name, tmp_path):
     ["callback", "classifier", "routing", "static_merges", "tuners.wemoe.zero_shot", "tuners.moe_lora_merge.tasks"],
 )
 def test_module_paths_of_then_are_found_and_warn(old):
-    import importlib
-    import sys
-
     sys.modules.pop(f"peft_moe_merge.{old}", None)
     with pytest.warns(FutureWarning, match=f"`peft_moe_merge.{old}` is now"):
         module = importlib.import_module(f"peft_moe_merge.{old}")
