@@ -93,7 +93,7 @@ def train(way, noise, folder, options):
         weight = 3 if name.startswith("text") else 1  # one decision serves the three prompts
         own_usage[name] += weight * torch.bincount(output[0].flatten(), minlength=EXPERTS)
 
-    for name, routers in adapted.base_model._routers().items():
+    for name, routers in adapted.router_banks().items():
         routers.register_forward_hook(partial(count, name))
 
     merging, stopping = ExpertMergeCallback(merge_every=7), RouterFreezeCallback(at_step=25)
@@ -101,7 +101,7 @@ def train(way, noise, folder, options):
     torch.manual_seed(100 + rank)
     with SameNoise(own) if noise == "same" else torch.enable_grad():
         for task, steps in (("a", range(FIRST_STEPS)), ("b", range(FIRST_STEPS, STEPS))):
-            own_usage.update({name: torch.zeros(EXPERTS, dtype=torch.int64) for name in adapted.base_model._routers()})
+            own_usage.update({name: torch.zeros(EXPERTS, dtype=torch.int64) for name in adapted.router_banks()})
             adapted.set_task(task)
             parameters = [p for p in adapted.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
@@ -228,7 +228,7 @@ def train_in_bf16():
     torch.manual_seed(0)
     model = get_peft_model(clip_to_shard(), MoELoraMergeConfig(num_experts=EXPERTS, r=4))
     decided = []
-    for routers in model.base_model._routers().values():
+    for routers in model.router_banks().values():
         routers.register_forward_hook(
             lambda module, args, output: decided.append((module.weight[0].dtype, output[1].dtype))
         )

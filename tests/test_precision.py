@@ -27,7 +27,7 @@ def decisions(model, batch):
     seen = {}
     hooks = [
         routers.register_forward_hook(lambda module, args, output, name=name: seen.update({name: (args[0], *output)}))
-        for name, routers in model.base_model._routers().items()
+        for name, routers in model.router_banks().items()
     ]
     model(**batch)
     for hook in hooks:

@@ -175,7 +175,7 @@ def test_the_same_object_in_a_loop_of_ones_own():
     assert model.expert_usage()[BLOCK].sum() == 12 * 4 * 2
     assert all(len(frozen) == 2 for frozen in model.frozen_experts().values())
     last = callback.merges[-1][1][BLOCK]
-    bank = model.base_model._experts()[BLOCK]
+    bank = model.expert_banks()[BLOCK]
     state = optimizer.state.get(bank.down_weight[last.target], {})
     assert not state or state["step"] <= 2, "its optimizer state began anew at step 10"
 
@@ -192,7 +192,7 @@ def test_optimizer_state_may_be_kept():
     for choice in ("reset", "keep"):
         model = adapted(num_experts=3)
         optimizer = accelerate_loop(model, ExpertMergeCallback(merge_every=12, optimizer_state=choice))
-        bank = model.base_model._experts()[BLOCK]
+        bank = model.expert_banks()[BLOCK]
         states[choice] = sum(parameter in optimizer.state for parameter in bank.down_weight)
     assert states == {"reset": 2, "keep": 3}
 

@@ -61,7 +61,7 @@ def test_auxiliary_loss_is_the_weighted_mean_over_blocks():
         probabilities = decisions.probabilities_GE.double()
         balance = 6 * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
         locality = 0.0
-        bank = model.base_model._experts()[block]
+        bank = model.expert_banks()[block]
         for row, chosen in zip(probabilities, decisions.indices_GK.tolist(), strict=True):
             for expert in chosen:
                 tensors = bank.expert(expert)
@@ -90,8 +90,9 @@ def test_a_model_can_be_copied_between_forward_and_backward():
     model = adapted(router_balance_loss=1.0)
     model(**tiny_batch())
     twin = copy.deepcopy(model)
-    torch.testing.assert_close(twin.auxiliary_loss(), model.auxiliary_loss())
-    assert model.auxiliary_loss().requires_grad and not twin.auxiliary_loss().requires_grad
+    assert model.auxiliary_loss().requires_grad
+    with pytest.raises(RuntimeError, match="no routing decisions"):  # those were of a call of the original
+        twin.auxiliary_loss()
     assert model.bake_task("a").peft_config["default"].tasks == ["a"]
 
 
@@ -162,7 +163,7 @@ def test_gate_gap_test_stops_block_by_block():
     history = train(model, [narrow])
     assert narrow.stops == {} and model.stopped_routers() == []
     assert any(changed(history, BLOCK, step) for step in range(6, 11))
-    assert model.routing_decisions() == {} or not model.base_model._routers()[BLOCK].keep_decisions
+    assert model.routing_decisions() == {} or not model.router_banks()[BLOCK].keep_decisions
 
 
 def test_the_flags_are_those_of_the_rule():

@@ -73,7 +73,7 @@ def test_clip_block(tower, expert_input, ids):
     x = torch.randn(5, 7, encoder.embed_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
 
-    with model.base_model._routed(torch.tensor(ids)):
+    with model.route(torch.tensor(ids)):
         # the block's second half, as CLIPEncoderLayer computes it
         y1 = x1 + encoder.mlp(encoder.layer_norm2(x1))
     routers, experts = reference_parameters(layer)
@@ -81,7 +81,7 @@ def test_clip_block(tower, expert_input, ids):
     read = x2 if expert_input == "residual" else normalized
     y2 = x2 + layer.base_layer(normalized) + reference_mixture(read, ids, routers, experts, 2, 3.0 / 4)
     torch.testing.assert_close(y1, y2, **TOLERANCE)
-    with torch.no_grad(), model.base_model._routed(torch.tensor(ids)):  # which gathers the experts in another way
+    with torch.no_grad(), model.route(torch.tensor(ids)):  # which gathers the experts in another way
         torch.testing.assert_close(x1 + encoder.mlp(encoder.layer_norm2(x1)), y2, **TOLERANCE)
 
     weights = torch.randn(y1.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -200,7 +200,7 @@ def test_inference_compiles_without_graph_breaks():
     for ids in (None, [1, -1, 0, 1]):
         for seed in (0, 1, 2):
             x = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            with torch.no_grad(), model.base_model._routed(None if ids is None else torch.tensor(ids)):
+            with torch.no_grad(), model.route(None if ids is None else torch.tensor(ids)):
                 torch.testing.assert_close(compiled(x, None), block(x, None), **TOLERANCE)
     assert graphs.frame_count == 2
 

@@ -28,7 +28,7 @@ def test_defaults_are_the_papers():
         ({"top_k": 3, "num_experts": 2}, "top_k=3 .* num_experts=2"),
         ({"r": 0}, "`r` must be a positive integer, got 0"),
         ({"r": 2.5}, "`r` must be a positive integer, got 2.5"),
-        ({"num_experts": -1}, "`num_experts` must be a positive integer, got -1"),
+        ({"num_experts": -1}, "`num_experts` must be a positive integer, or 'grow', got -1"),
         ({"top_k": 0}, "`top_k` must be a positive integer"),
         ({"lora_dropout": 1.0}, r"`lora_dropout` must lie in \[0, 1\), got 1.0"),
         ({"tasks": []}, "at least one task name"),
@@ -41,7 +41,7 @@ def test_defaults_are_the_papers():
         ({"merge_pair": "best"}, "`merge_pair` must be one of"),
         ({"layers_pattern": "layers"}, "give both or neither"),
         ({"target_modules": "x.*", "layers_to_transform": [0]}, "regular expression target_modules='x"),
-        ({"format_version": 99}, "format_version=99.*reads up to 1.*pip install -U"),
+        ({"format_version": 99}, "format_version=99.*reads up to 2.*pip install -U"),
     ],
 )
 def test_contradictions(fields, message):
@@ -54,7 +54,7 @@ def test_file_of_a_newer_release(tmp_path):
     path = tmp_path / "adapter_config.json"
     saved = json.loads(path.read_text())
     for change, message in (
-        ({"format_version": 2}, "format_version=2"),
+        ({"format_version": 3}, "format_version=3"),
         ({"gate": "cosine"}, "no field 'gate'.*newer"),
     ):
         path.write_text(json.dumps({**saved, **change}))

@@ -43,8 +43,8 @@ def equal(first, second):
 
 def set_usage(model, counts):
     """Counts as if training had produced them, in every block."""
-    for routers in model.base_model._routers().values():
-        routers.usage[model.base_model._task] = torch.tensor(counts)
+    for routers in model.router_banks().values():
+        routers.usage[model.peft_config["default"].current_index] = torch.tensor(counts)
 
 
 def test_counts_are_those_of_the_routers_choices():
@@ -55,7 +55,7 @@ def test_counts_are_those_of_the_routers_choices():
     def remember(name):
         return lambda module, args, output: chosen.setdefault(name, []).append(output[0])
 
-    hooks = [routers.register_forward_hook(remember(name)) for name, routers in model.base_model._routers().items()]
+    hooks = [routers.register_forward_hook(remember(name)) for name, routers in model.router_banks().items()]
     for step in range(3):
         model(**tiny_batch(seed=step))
     for hook in hooks:
@@ -96,7 +96,7 @@ def test_merge_overwrites_the_least_used_and_nothing_else(strategy):
     model = adapted(merge_strategy=strategy)
     randomize(model)
     set_usage(model, [7, 2, 9, 0, 5, 4, 3, 1])
-    bank = model.base_model._experts()[BLOCK]
+    bank = model.expert_banks()[BLOCK]
     with torch.no_grad():  # experts 0 and 2 are one function, with its hidden units in another order
         for name in TENSORS:
             source = getattr(bank, name)[2]
@@ -133,7 +133,7 @@ def test_merge_resets_what_the_optimizer_knows_of_the_overwritten_expert():
     optimizer = optimizer_for(model)
     for step in range(6):
         train_step(model, optimizer, step)
-    bank = model.base_model._experts()[BLOCK]
+    bank = model.expert_banks()[BLOCK]
     known = {index: bank.down_weight[index] in optimizer.state for index in range(3)}
     assert all(known.values()), "with two of three experts per sample all of them have trained"
     set_usage(model, [5, 4, 1])
@@ -168,7 +168,7 @@ def test_unselected_experts_stay_to_the_last_bit():
                 selected_once |= {(block, index)} if counts[index] else set()
         with_state = {
             (block, index)
-            for block, bank in model.base_model._experts().items()
+            for block, bank in model.expert_banks().items()
             for index in range(8)
             if bank.down_weight[index] in optimizer.state
         }

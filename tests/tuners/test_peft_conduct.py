@@ -67,7 +67,7 @@ def test_save_and_load(tmp_path, low_cpu_mem_usage, is_trainable):
     original = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert {name: parameter.requires_grad for name, parameter in loaded.named_parameters()} == original
     for block, frozen in loaded.frozen_experts().items():
-        bank = loaded.base_model._experts()[block]
+        bank = loaded.expert_banks()[block]
         assert [e for e in range(6) if not bank.down_weight[e].requires_grad] == frozen and len(frozen) >= 2
 
 
@@ -111,7 +111,7 @@ def test_state_dict_keys_do_not_name_the_adapter(tmp_path):
         model.add_adapter(name, config())
     for seed, name in enumerate(names):
         model.set_adapter(name)
-        bank = model.base_model._experts()[BLOCK]
+        bank = model.expert_banks()[BLOCK]
         with torch.no_grad():
             bank.up_weight[0].fill_(seed + 1.0)
     reference = get_peft_model_state_dict(get_peft_model(tiny_clip(), config()))
@@ -255,7 +255,7 @@ def test_half_precision_base(dtype, autocast_adapter_dtype, tmp_path):
 def test_autocast_keeps_routing_in_float32():
     model = trained()
     decisions = []
-    for routers in model.base_model._routers().values():
+    for routers in model.router_banks().values():
         routers.register_forward_hook(lambda module, args, output: decisions.append(output))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = logits(model)

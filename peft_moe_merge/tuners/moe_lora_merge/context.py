@@ -1,17 +1,23 @@
-"""Which task routes which sample in the forward pass under way: one object, shared by all layers of a model.
+"""Which task routes which sample in the call under way. It reaches the layers without being kept on any module.
 
-Shapes: B samples.
+Shapes: B samples, N rows that are routed, T tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .config import MoELoraMergeConfig
+    from .routers import Decisions
 
 PLAIN = -1
 """The task id of samples that no expert may touch."""
@@ -48,7 +54,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class TaskIds:
-    """The tasks of one batch, sorted out once per forward pass so that no layer has to wait for the device.
+    """The tasks of one batch, sorted out once per call so that no layer has to wait for the device.
 
     Attributes:
         size: B.
@@ -97,24 +103,64 @@ class TaskIds:
         return TaskIds(size, (task,), self.slot_B.new_zeros(size), routed)
 
 
-@dataclass
-class TaskState:
-    """What the layers of one model ask before they route.
+class Adapters:
+    """What all layers of one tuner share: the configurations of its adapters, each the one owner of its settings and of
+    its current task. A configuration is never changed, but replaced by another when a setting changes.
 
-    Attributes:
-        current: adapter name -> index of its current task, or None for the model without experts.
-        ids: the tasks of this forward pass's samples, when given one by one.
-        prompt_ids: the same for the text tower, when both towers run and the prompts are not the samples.
-        prompts_start_alike: this forward pass's prompts all begin with the same token.
+    Args:
+        configs: by adapter name; the tuner's own dictionary.
     """
 
-    current: dict[str, int | None] = field(default_factory=dict)
+    def __init__(self, configs: dict[str, MoELoraMergeConfig]):
+        self.configs = configs
+
+
+@dataclass
+class Record:
+    """What the routers of one training call decided, for losses and for the stop rule.
+
+    Attributes:
+        decisions: per block, one entry per task in the batch.
+        losses: of the routers, weighted, one per block and task.
+        joined: the losses are part of the loss that the call returned.
+    """
+
+    decisions: dict[str, list[Decisions]] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What was decided for one call, before it began; layers ask it which rows they route.
+
+    Attributes:
+        adapters: whose layers it is for; those of another tuner in the same call do not listen to it.
+        current: adapter name -> index of the task that routes samples without an id; None for no task.
+        ids: the tasks of this call's samples, when given one by one.
+        prompt_ids: the same for the text tower, when both towers run and the prompts are not the samples.
+        prompts_start_alike: the prompts all begin with the same token.
+        record: what is decided in this call, where it is of interest.
+    """
+
+    adapters: Adapters
+    current: Mapping[str, int | None]
     ids: TaskIds | None = None
     prompt_ids: TaskIds | None = None
     prompts_start_alike: bool = False
+    record: Record | None = None
+
+    @classmethod
+    def of_current_tasks(cls, adapters: Adapters) -> RoutingContext:
+        """Let each adapter's current task route everything."""
+        return cls(adapters, {name: config.current_index for name, config in list(adapters.configs.items())})
 
     def routed(self, adapter_name: str, batch: int, *, prompts: bool) -> Routed | None:
-        """Say which rows of a batch belong to which task's router; None when no row does."""
+        """Say which rows of a batch belong to which task's router; None when no row does.
+
+        Raises:
+            ValueError: there are ids for another number of rows.
+        """
         ids = self.prompt_ids if prompts and self.prompt_ids is not None else self.ids
         if ids is None:
             task = self.current[adapter_name]
@@ -126,32 +172,82 @@ class TaskState:
             )
         return ids.routed
 
-    @contextmanager
-    def during(self, **values: Any) -> Iterator[None]:
-        """Set attributes for the time of a block."""
-        before = {name: getattr(self, name) for name in values}
-        self.__dict__.update(values)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
 
+class _Thread(threading.local):
+    """What is under way in a thread. Every thread has its own.
 
-class CarryTasks:
-    """Wraps a gradient checkpointing function so that a recomputation routes as its forward pass did.
-
-    The recomputation happens in the backward pass, when the state may already belong to another batch or task.
+    Not a `contextvars.ContextVar`, which `torch.compile` can't set inside a graph. A recomputation in the backward pass,
+    perhaps in another thread, gets its context handed, see `RoutedBlock`.
     """
 
-    def __init__(self, checkpoint: Callable, state: TaskState):
-        self.checkpoint = checkpoint
-        self.state = state
+    context: RoutingContext | None = None
+    residual: Tensor | None = None
 
-    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        then = replace(self.state, current=dict(self.state.current))
+    def __init__(self):
+        self.records: WeakKeyDictionary[Adapters, Record] = WeakKeyDictionary()
 
-        def function_as_then(*inputs: Any, **named: Any) -> Any:
-            with self.state.during(**vars(then)):
-                return function(*inputs, **named)
 
-        return self.checkpoint(function_as_then, *args, **kwargs)
+_thread = _Thread()
+
+
+def context_of(adapters: Adapters) -> RoutingContext:
+    """Return the context of the call under way, or that of the current tasks where the layers are called by themselves."""
+    context = _thread.context
+    if context is None or context.adapters is not adapters:
+        return RoutingContext.of_current_tasks(adapters)
+    return context
+
+
+def context_under_way() -> RoutingContext | None:
+    """Return the context of the call under way in this thread, whoever's it is."""
+    return _thread.context
+
+
+@contextmanager
+def routing(context: RoutingContext | None) -> Iterator[None]:
+    """Route by this context inside the block."""
+    before = _thread.context
+    _thread.context = context
+    try:
+        yield
+    finally:
+        _thread.context = before
+
+
+def remember_residual(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook of the layer norm before an MLP: the experts beside the MLP, which runs next, read its input."""
+    _thread.residual = args[0]
+
+
+def residual_of(normalized: Tensor) -> Tensor:
+    """Return the input of the layer norm that has just run in this thread.
+
+    Args:
+        normalized: what came out of it.
+
+    Raises:
+        RuntimeError: none has run since the last time.
+    """
+    residual = _thread.residual
+    if residual is None or residual.shape != normalized.shape:
+        raise RuntimeError(
+            "The experts beside this MLP read the input of the layer norm before it, which has not run right before. Call "
+            "the whole block, or use expert_input='normalized'."
+        )
+    return residual
+
+
+def forget_residual() -> None:
+    """Drop what `remember_residual` keeps, once the MLP has run."""
+    _thread.residual = None
+
+
+def keep_record(context: RoutingContext) -> None:
+    """Keep what was decided in a call for who asks after it, in this thread, until the next call."""
+    if context.record is not None:
+        _thread.records[context.adapters] = context.record
+
+
+def latest_record(adapters: Adapters) -> Record:
+    """Return what was decided in this thread's latest training call."""
+    return _thread.records.get(adapters, Record())

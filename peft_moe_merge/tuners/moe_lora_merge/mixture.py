@@ -4,17 +4,65 @@ Shapes: B samples, L tokens, D input width, O output width, R bottleneck rank, K
 experts taken by anyone in the batch, G routing decisions: G = B, or G = 1 where all samples decided alike. Where tokens
 decide for themselves, B of them, L = 1, and S = B K pairs of a token and one of its experts.
 
-An expert is `relu(x A + a)`, dropout, then `B` and `b`: a low-rank adapter with a nonlinearity. Its tensors are
-stored unit by unit, `down_RD` and `up_RO`, so that the K experts of a sample lie one below the other and act as one
-expert of rank K R. That makes a sample's whole mixture two matrix products, whatever K is, and no other expert is
-touched: cost does not grow with the number of experts.
+An expert is `activation(x A + a)`, dropout, then `B` and `b`: a low-rank adapter with a nonlinearity, or without one and
+without biases. Its tensors are stored unit by unit, `down_RD` and `up_RO`, so that the K experts of a sample lie one below
+the other and act as one expert of rank K R. That makes a sample's whole mixture two matrix products, whatever K is, and no
+other expert is touched: cost does not grow with the number of experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation | None] = {
+    "relu": F.relu,
+    "identity": None,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": F.tanh,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+}
+"""What may stand between an expert's two matrices, by the name used in `MoELoraMergeConfig.expert_activation`."""
+
+
+class Experts(NamedTuple):
+    """The tensors of U experts, stacked.
+
+    Attributes:
+        down: U x R x D.
+        up: U x R x O.
+        down_bias, up_bias: U x R and U x O; None for experts without biases.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+
+class How(NamedTuple):
+    """What is done with experts beside multiplying: the same in every call of a layer.
+
+    Attributes:
+        activation: of the hidden units; None for none.
+        scaling: `s`, `lora_alpha / r`.
+        dropout: probability of dropping a hidden unit; 0 outside training.
+    """
+
+    activation: Activation | None = F.relu
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Apply activation and dropout to hidden units."""
+        x = x if self.activation is None else self.activation(x)
+        return F.dropout(x, self.dropout) if self.dropout else x
 
 
 class Selection:
@@ -52,21 +100,46 @@ class Selection:
             self.positions_GK = (taken_E.cumsum(0) - 1)[indices_GK]
             self._taken_E = taken_E if graph else HostCopy(taken_E)
 
-    def stack(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def stack(self, *banks: Sequence[Tensor]) -> Experts:
         """From each bank, one tensor per expert, stack those of the U experts. Only these get a gradient."""
         if self._everything:
-            return tuple(torch.stack(list(bank)) for bank in banks)
+            return Experts(*(torch.stack(list(bank)) for bank in banks))
         if self.positions_GK is not None:
-            return self._stack_distinct(*banks)
+            return Experts(*self._stack_distinct(*banks))
         if isinstance(self._chosen, Tensor):
-            return tuple(stack_chosen(list(bank), self._chosen) for bank in banks)
+            return Experts(*(stack_chosen(list(bank), self._chosen) for bank in banks))
         chosen = [expert for row in self._chosen.tolist() for expert in row]
-        return tuple(torch.stack([bank[expert] for expert in chosen]) for bank in banks)
+        return Experts(*(torch.stack([bank[expert] for expert in chosen]) for bank in banks))
 
     @torch.compiler.disable  # a graph made for the experts of one batch would have to be made anew for the next
     def _stack_distinct(self, *banks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         experts = [expert for expert, taken in enumerate(self._taken_E.tolist()) if taken]
         return tuple(torch.stack([bank[expert] for expert in experts]) for bank in banks)
+
+
+class KnownSelection:
+    """A selection that the host knows beforehand, since tasks take all of their own experts. Nothing is waited for.
+
+    Args:
+        experts: what each task in the batch takes.
+        indices_GK: the experts that each decision takes.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[int]], indices_GK: Tensor):
+        self.experts = sorted({expert for task in experts for expert in task})
+        known_U = torch.tensor(self.experts, device=indices_GK.device)
+        self.positions_GK: Tensor | None = torch.searchsorted(known_U, indices_GK)
+
+    def stack(self, *banks: Sequence[Tensor]) -> Experts:
+        """Stack the U experts."""
+        return stacked(self.experts, *banks)
+
+
+def stacked(experts: Sequence[int], *banks: Sequence[Tensor]) -> Experts:
+    """From each bank, one tensor per expert, stack those of the experts named; a single one is not even copied."""
+    if len(experts) == 1:
+        return Experts(*(bank[experts[0]].unsqueeze(0) for bank in banks))
+    return Experts(*(torch.stack([bank[expert] for expert in experts]) for bank in banks))
 
 
 class HostCopy:
@@ -97,72 +170,78 @@ def _(parameters: Sequence[Tensor], indices_GK: Tensor) -> Tensor:
     return parameters[0].new_empty(indices_GK.numel(), *parameters[0].shape)
 
 
-def mixture(
-    x_BLD: Tensor,
-    gates_GK: Tensor,
-    positions_GK: Tensor | None,
-    down_URD: Tensor,
-    down_bias_UR: Tensor,
-    up_URO: Tensor,
-    up_bias_UO: Tensor,
-    *,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Compute `sum_k gate_k * scaling * (dropout(relu(x A_k + a_k)) B_k + b_k)` for every sample.
+def add_fixed_mixture(y: Tensor, x: Tensor, gates: Tensor | None, experts: Experts, how: How) -> Tensor:
+    """Add to `y` what U experts make of `x` where all samples take all of them: no expert has to be looked for.
+
+    Args:
+        y: the base layer's output, ... x O.
+        x: what the experts read, ... x D.
+        gates: weights of the U experts, of a shape that fits ... x U; None for a single expert of weight 1.
+        experts: the stacked experts.
+        how: activation, scale, dropout.
+    """
+    U, R, D = experts.down.shape
+    down_HD, up_HO = experts.down.reshape(U * R, D), experts.up.reshape(U * R, -1)
+    bias_H = None if experts.down_bias is None else experts.down_bias.reshape(U * R)
+    hidden = how.hidden(F.linear(x, down_HD, bias_H))
+    if gates is not None:
+        hidden = (hidden.unflatten(-1, (U, R)) * gates.to(hidden.dtype).unsqueeze(-1)).flatten(-2)
+    up_HO = up_HO.to(hidden.dtype)
+    flat, added = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, U * R)
+    if flat.dtype == added.dtype:
+        y = torch.addmm(flat, added, up_HO, alpha=how.scaling).reshape(y.shape)
+    else:
+        y = y + (added @ up_HO * how.scaling).reshape(y.shape).to(y.dtype)
+    if experts.up_bias is not None:
+        bias = experts.up_bias[0] if gates is None else gates.to(experts.up_bias.dtype) @ experts.up_bias
+        y = y + (bias * how.scaling).to(y.dtype)
+    return y
+
+
+def mixture(x_BLD: Tensor, gates_GK: Tensor, positions_GK: Tensor | None, experts: Experts, how: How) -> Tensor:
+    """Compute `sum_k gate_k * scaling * (dropout(activation(x A_k + a_k)) B_k + b_k)` for every sample.
 
     Args:
         x_BLD: the samples' tokens; all tokens of a sample take the sample's experts.
         gates_GK: weights of the K experts; one row serves every sample when G = 1.
         positions_GK: which of the U stacked experts they are; None when they are stacked in this very order.
-        down_URD, down_bias_UR, up_URO, up_bias_UO: the stacked experts.
-        scaling: `s`, `lora_alpha / r`.
-        dropout: probability of dropping a hidden unit; 0 outside training.
+        experts: the stacked experts.
+        how: activation, scale, dropout.
 
     Returns:
         y_BLO.
     """
     G, K = gates_GK.shape
-    U, R, D = down_URD.shape
-    O = up_URO.shape[-1]  # noqa: E741
-    weights_GK = gates_GK.to(x_BLD.dtype) * scaling
+    U, R, D = experts.down.shape
+    O = experts.up.shape[-1]  # noqa: E741
+    weights_GK = gates_GK.to(x_BLD.dtype) * how.scaling
 
     if G == 1:
         # The stacked experts are those of the one decision, in another order: reorder the weights, not the experts.
         weights_U = weights_GK[0]
-        if positions_GK is not None:
-            weights_U = weights_U.new_zeros(U).index_copy(0, positions_GK[0], weights_U)
-        hidden_BLH = F.relu(F.linear(x_BLD, down_URD.reshape(U * R, D), down_bias_UR.reshape(U * R)))
-        hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_U.repeat_interleave(R)
-        return hidden_BLH @ up_URO.reshape(U * R, O) + weights_U @ up_bias_UO
+        if positions_GK is not None:  # added up: two columns of a router may lead to one expert
+            weights_U = weights_U.new_zeros(U).index_add(0, positions_GK[0], weights_U)
+        bias_H = None if experts.down_bias is None else experts.down_bias.reshape(U * R)
+        hidden_BLH = how.hidden(F.linear(x_BLD, experts.down.reshape(U * R, D), bias_H))
+        y_BLO = (hidden_BLH * weights_U.repeat_interleave(R)) @ experts.up.reshape(U * R, O)
+        return y_BLO if experts.up_bias is None else y_BLO + weights_U @ experts.up_bias
 
     if positions_GK is not None:
         # `index_select`, whose gradient is summed row by row; that of indexing is summed number by number
-        down_URD, down_bias_UR, up_URO, up_bias_UO = (
-            tensor.index_select(0, positions_GK.flatten()) for tensor in (down_URD, down_bias_UR, up_URO, up_bias_UO)
-        )
-    down_GHD, bias_GH = down_URD.reshape(G, K * R, D), down_bias_UR.reshape(G, K * R)
-    up_GHO = up_URO.reshape(G, K * R, O)
-    out_bias_GO = (weights_GK.unsqueeze(-1) * up_bias_UO.reshape(G, K, O)).sum(dim=1)
+        chosen = positions_GK.flatten()
+        experts = Experts(*(tensor if tensor is None else tensor.index_select(0, chosen) for tensor in experts))
+    down_GHD, up_GHO = experts.down.reshape(G, K * R, D), experts.up.reshape(G, K * R, O)
     weights_GH = weights_GK.repeat_interleave(R, dim=1)
+    if experts.down_bias is None:
+        hidden_BLH = how.hidden(torch.bmm(x_BLD, down_GHD.transpose(1, 2)))
+        return torch.bmm(hidden_BLH * weights_GH.unsqueeze(1), up_GHO)
+    out_bias_GO = (weights_GK.unsqueeze(-1) * experts.up_bias.reshape(G, K, O)).sum(dim=1)
+    bias_GH = experts.down_bias.reshape(G, K * R)
+    hidden_BLH = how.hidden(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))
+    return torch.baddbmm(out_bias_GO.unsqueeze(1), hidden_BLH * weights_GH.unsqueeze(1), up_GHO)
 
-    hidden_BLH = F.relu(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))
-    hidden_BLH = F.dropout(hidden_BLH, dropout) * weights_GH.unsqueeze(1)
-    return torch.baddbmm(out_bias_GO.unsqueeze(1), hidden_BLH, up_GHO)
 
-
-def token_mixture(
-    x_BLD: Tensor,
-    gates_BK: Tensor,
-    positions_BK: Tensor,
-    down_URD: Tensor,
-    down_bias_UR: Tensor,
-    up_URO: Tensor,
-    up_bias_UO: Tensor,
-    *,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-) -> Tensor:
+def token_mixture(x_BLD: Tensor, gates_BK: Tensor, positions_BK: Tensor, experts: Experts, how: How) -> Tensor:
     """Compute what `mixture` does where every token is a sample of its own, L = 1.
 
     To give each of many tokens its own copy of its experts would be absurd. Instead the tokens are sorted by expert, each
@@ -171,13 +250,15 @@ def token_mixture(
     B, K = positions_BK.shape
     position_S, order_S = positions_BK.flatten().sort(stable=True)
     token_S = order_S // K
-    ends_U = torch.searchsorted(position_S, torch.arange(len(down_URD), device=position_S.device), right=True)
-    weights_S = (gates_BK.to(x_BLD.dtype) * scaling).flatten()[order_S]
+    ends_U = torch.searchsorted(position_S, torch.arange(len(experts.down), device=position_S.device), right=True)
+    weights_S = (gates_BK.to(x_BLD.dtype) * how.scaling).flatten()[order_S]
 
-    x_SD = x_BLD.squeeze(1).index_select(0, token_S)
-    hidden_SR = F.relu(grouped_product(x_SD, down_URD, ends_U) + down_bias_UR.index_select(0, position_S))
-    hidden_SR = F.dropout(hidden_SR, dropout)
-    y_SO = grouped_product(hidden_SR, up_URO.transpose(1, 2), ends_U) + up_bias_UO.index_select(0, position_S)
+    hidden_SR = grouped_product(x_BLD.squeeze(1).index_select(0, token_S), experts.down, ends_U)
+    if experts.down_bias is not None:
+        hidden_SR = hidden_SR + experts.down_bias.index_select(0, position_S)
+    y_SO = grouped_product(how.hidden(hidden_SR), experts.up.transpose(1, 2), ends_U)
+    if experts.up_bias is not None:
+        y_SO = y_SO + experts.up_bias.index_select(0, position_S)
     y_SO = y_SO * weights_S.unsqueeze(1)
     return y_SO.new_zeros(B, y_SO.shape[-1]).index_add(0, token_S, y_SO).unsqueeze(1)
 

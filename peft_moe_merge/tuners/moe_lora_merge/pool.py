@@ -1,6 +1,6 @@
-"""Which expert gives way to which pair, how two experts become one, and who freezes. Pure functions on tensors.
+"""Who gets which experts, which two merge, how they become one, and who freezes. Pure functions on tensors.
 
-Shapes: E experts, R bottleneck rank, D input width, O output width. Counts and flags are per block.
+Shapes: E experts, F of them, R bottleneck rank, D input width, O output width. Counts and flags are per block.
 Source: arXiv 2405.11530, Algorithm 1, whose text (the least selected expert is overwritten) is followed where its
 listing differs.
 """
@@ -9,15 +9,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 Expert = dict[str, Tensor]
-"""One expert's tensors: `down_weight` R x D, `down_bias` R, `up_weight` R x O, `up_bias` O."""
+"""One expert's tensors: `down_weight` R x D, `up_weight` R x O and, unless it is linear, `down_bias` R, `up_bias` O."""
 
 
 class Merge(NamedTuple):
-    """Expert `target` becomes the union of experts `first` and `second`, which stay as they are."""
+    """Expert `target` becomes the union of experts `first` and `second`.
+
+    In the paper it is a third one, and the two stay as they are; where tasks are redirected it is the first one, and the
+    second one's place is free again.
+    """
 
     target: int
     first: int
@@ -52,18 +57,25 @@ def most_similar_pair(usage_E: Tensor, experts: Callable[[int], Expert]) -> tupl
     hidden units. Falls back to the two most selected where fewer than two stand out or nothing has been learnt.
     """
     frequent = [expert for expert in ranked(usage_E) if usage_E[expert] > usage_E.double().mean()]
-    if len(frequent) < 2:
-        return most_used_pair(usage_E, experts)
-    down_FRD = torch.stack([experts(expert)["down_weight"] for expert in frequent]).float()
-    up_FRO = torch.stack([experts(expert)["up_weight"] for expert in frequent]).float()
+    return most_alike(frequent, experts) or most_used_pair(usage_E, experts)
+
+
+def most_alike(candidates: list[int], experts: Callable[[int], Expert]) -> tuple[int, int] | None:
+    """Choose the two candidates with the largest cosine between their linear parts; None where nothing is alike."""
+    if len(candidates) < 2:
+        return None
+    down_FRD = torch.stack([experts(expert)["down_weight"] for expert in candidates]).float()
+    up_FRO = torch.stack([experts(expert)["up_weight"] for expert in candidates]).float()
     # <A_i B_i, A_j B_j> = sum over unit pairs of <a_r, a_s> <b_r, b_s>: no D x O product is formed
-    gram_FF = torch.einsum("ird,jsd,iro,jso->ij", down_FRD, down_FRD, up_FRO, up_FRO)
+    products_FRFS = torch.einsum("ird,jsd->irjs", down_FRD, down_FRD) * torch.einsum("iro,jso->irjs", up_FRO, up_FRO)
+    gram_FF = products_FRFS.sum(dim=(1, 3))
     norm_F = gram_FF.diagonal().clamp_min(torch.finfo(gram_FF.dtype).tiny).sqrt()
     cosine_FF = (gram_FF / norm_F[:, None] / norm_F[None, :]).triu(1)
     if not cosine_FF.any():
-        return most_used_pair(usage_E, experts)
-    i, j = divmod(int(cosine_FF.argmax()), len(frequent))
-    return frequent[i], frequent[j]
+        return None
+    above_FF = torch.ones_like(cosine_FF, dtype=torch.bool).triu(1)
+    i, j = divmod(int(cosine_FF.masked_fill(~above_FF, -torch.inf).argmax()), len(candidates))
+    return candidates[i], candidates[j]
 
 
 PAIRS: dict[str, Callable[[Tensor, Callable[[int], Expert]], tuple[int, int]]] = {
@@ -95,12 +107,53 @@ def choose_merge(
     return None if target is None else Merge(target, *sources)
 
 
-def average(first: Expert, second: Expert) -> Expert:
-    """Take the mean of the two experts, tensor by tensor, as the paper does."""
+def choose_union(
+    usage_E: Tensor, own: list[int], experts: Callable[[int], Expert], pair: str = "most_used", keep: int = 1
+) -> Merge | None:
+    """Decide which two of a task's own experts become one, the second of which then is free.
+
+    Args:
+        usage_E: how often each expert was selected since the task began.
+        own: the task's experts.
+        experts: gives an expert's tensors by its index.
+        pair: a name in `PAIRS`.
+        keep: do not go below so many experts.
+
+    Returns:
+        The merge, or None where there can be none.
+    """
+    own = sorted(set(own))
+    if len(own) <= max(keep, 1):
+        return None
+    among_E = torch.full_like(usage_E, -1)
+    among_E[own] = usage_E[own]
+    first, second = PAIRS[pair](among_E, experts)
+    return Merge(first, first, second) if {first, second} <= set(own) else None
+
+
+def choose_room(used: list[int], experts: Callable[[int], Expert]) -> Merge | None:
+    """Decide which two experts of old tasks become one, to make room: the most alike ones, of those that anybody uses."""
+    pair = most_alike(sorted(used), experts)
+    return None if pair is None else Merge(pair[0], *pair)
+
+
+def untouched(experts: int, known: list[list[int]]) -> list[int]:
+    """List the experts that no task knows.
+
+    Args:
+        experts: E.
+        known: the experts of each task.
+    """
+    taken = {expert for task in known for expert in task}
+    return [expert for expert in range(experts) if expert not in taken]
+
+
+def average(first: Expert, second: Expert, share: float = 0.5) -> Expert:
+    """Take the mean of the two experts, tensor by tensor, as the paper does, whatever their share of selections."""
     return {name: (tensor + second[name]) / 2 for name, tensor in first.items()}
 
 
-def aligned(first: Expert, second: Expert) -> Expert:
+def aligned(first: Expert, second: Expert, share: float = 0.5) -> Expert:
     """Reorder the second expert's hidden units to match the first's, then take the mean.
 
     The order of hidden units has no meaning: permuting the rows of A, a and B together leaves an expert's function
@@ -110,7 +163,7 @@ def aligned(first: Expert, second: Expert) -> Expert:
     """
 
     def units(expert: Expert) -> Tensor:
-        parts = [expert["down_weight"], expert["down_bias"].unsqueeze(1), expert["up_weight"]]
+        parts = [part if part.ndim == 2 else part.unsqueeze(1) for name, part in expert.items() if name != "up_bias"]
         return torch.cat([part / part.norm().clamp_min(torch.finfo(part.dtype).tiny) for part in parts], dim=1)
 
     similarity_RR = units(first).double() @ units(second).double().T
@@ -120,10 +173,47 @@ def aligned(first: Expert, second: Expert) -> Expert:
     return average(first, permuted)
 
 
-STRATEGIES: dict[str, Callable[[Expert, Expert], Expert]] = {"average": average, "aligned": aligned}
+def product(first: Expert, second: Expert, share: float = 0.5) -> Expert:
+    """Take the best expert of the same rank for the weighed sum of the two updates, `share A_1 B_1 + (1 - share) A_2 B_2`.
+
+    The update is of rank 2 R at most: QR decompositions of the stacked factors leave a matrix of 2R x 2R, whose singular
+    value decomposition is cut at R (Eckart and Young). Unlike a mean of factors it depends on the updates alone, not on
+    the bases in which they are written. For experts without an activation.
+
+    Args:
+        first, second: the experts, without biases.
+        share: weight of the first, its share of the selections.
+    """
+    down_SD = torch.cat([first["down_weight"], second["down_weight"]]).double()
+    up_SO = torch.cat([share * first["up_weight"].double(), (1 - share) * second["up_weight"].double()])
+    basis_DS, left_SS = torch.linalg.qr(down_SD.T)
+    basis_OS, right_SS = torch.linalg.qr(up_SO.T)
+    u_SS, size_S, v_SS = torch.linalg.svd(left_SS @ right_SS.T, full_matrices=False)
+    rank = len(first["down_weight"])
+    size_R = size_S[:rank].sqrt()
+    union = {
+        "down_weight": (basis_DS @ u_SS[:, :rank] * size_R).T,
+        "up_weight": (basis_OS @ v_SS[:rank].T * size_R).T,
+    }
+    return {name: F.pad(tensor, (0, 0, 0, rank - len(tensor))).to(first[name].dtype) for name, tensor in union.items()}
+
+
+STRATEGIES: dict[str, Callable[[Expert, Expert, float], Expert]] = {
+    "average": average,
+    "aligned": aligned,
+    "product": product,
+}
 """How two experts become one, by the name used in `MoELoraMergeConfig.merge_strategy`."""
 
 
-def favourites(usage_E: Tensor, top_k: int) -> list[int]:
-    """List the `top_k` most selected experts, in ascending order; never one that was not selected at all."""
-    return sorted(expert for expert in ranked(usage_E)[:top_k] if usage_E[expert] > 0)
+def favourites(usage_E: Tensor, top_k: int, own: list[int] | None = None) -> list[int]:
+    """List the `top_k` most selected experts, in ascending order; never one that was not selected at all.
+
+    Args:
+        usage_E: how often each was selected.
+        top_k: how many to list.
+        own: the experts to look at, where a task has experts of its own: counted over all, those of older tasks could come
+            first, and the task's own would stay open to the next task.
+    """
+    order = [expert for expert in ranked(usage_E) if own is None or expert in own]
+    return sorted(expert for expert in order[:top_k] if usage_E[expert] > 0)

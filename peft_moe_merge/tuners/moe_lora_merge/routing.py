@@ -12,7 +12,11 @@ MINIMAL_NOISE = 0.01
 
 
 def router_logits(
-    x_BD: Tensor, weight: Tensor, noise_weight: Tensor | None = None, position_B: Tensor | None = None
+    x_BD: Tensor,
+    weight: Tensor,
+    noise_weight: Tensor | None = None,
+    position_B: Tensor | None = None,
+    noise: float = 1.0,
 ) -> Tensor:
     """Score every expert for every sample.
 
@@ -23,6 +27,7 @@ def router_logits(
             `normal(0, 1) * (softplus(x N) + 0.01)` to the scores, the "noisy top-k" by which experts are explored
             (arXiv 2403.11549, section 3).
         position_B: with several tasks, which of them each sample has.
+        noise: factor on the noise.
 
     Returns:
         logits_BE.
@@ -30,7 +35,7 @@ def router_logits(
     logits_BE = _project(x_BD, weight, position_B)
     if noise_weight is not None:
         scale_BE = F.softplus(_project(x_BD, noise_weight, position_B)) + MINIMAL_NOISE
-        logits_BE = logits_BE + torch.randn_like(scale_BE) * scale_BE
+        logits_BE = logits_BE + torch.randn_like(scale_BE) * (scale_BE if noise == 1.0 else scale_BE * noise)
     return logits_BE
 
 

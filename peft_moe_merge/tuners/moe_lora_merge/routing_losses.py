@@ -5,8 +5,11 @@ Shapes: B decisions (samples, or tokens), E experts.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, stack
 from torch.linalg import vector_norm
+
+from .routing import selection_counts
 
 
 def balance_loss(gates_BE: Tensor, counts_E: Tensor) -> Tensor:
@@ -60,6 +63,27 @@ def locality_loss(gates_BE: Tensor, moved_E: Tensor) -> Tensor:
     """
     _require_one_per_expert(gates_BE, moved_E, "moved_E")
     return (gates_BE * moved_E.to(gates_BE.dtype)).sum(-1).mean()
+
+
+def router_loss(
+    gates_GE: Tensor, indices_GK: Tensor, balance: float, locality: float, moved_E: Tensor | None = None
+) -> Tensor:
+    """Weigh and add the losses on one router in one call.
+
+    Args:
+        gates_GE: softmax over all experts.
+        indices_GK: the experts selected.
+        balance, locality: weights of the two losses; 0 is off.
+        moved_E: how far the selected experts have moved, for the locality loss.
+    """
+    loss = gates_GE.new_zeros(())
+    if balance:
+        # this batch's load, as in Switch: the task's so far lags behind, and the router swings about it
+        loss = loss + balance * balance_loss(gates_GE, selection_counts(indices_GK, gates_GE.shape[1]))
+    if locality:
+        selected_GE = torch.zeros_like(gates_GE).scatter_(1, indices_GK, 1.0)
+        loss = loss + locality * locality_loss(gates_GE * selected_GE, moved_E.to(gates_GE.device))
+    return loss
 
 
 def displacement(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensor:
