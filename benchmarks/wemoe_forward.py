@@ -41,7 +41,7 @@ class Loop(nn.Module):
 
     def __init__(self, block: WEMoEBlock, deltas: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        self.router = block.router("default")
+        self.router = block.wemoe_router["default"]
         self.mlp = CLIPMLP(block.base_layer.config)
         for path, linear in block.linears.items():
             self.mlp.set_submodule(path, linear.base_layer)

@@ -36,7 +36,7 @@ WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
     "wemoe_prior": ({}, "entropy_with_prior"),
     "e_wemoe_mi": ({"shared_router": True, "sparsity": 0.9}, "mutual_information"),
     "wemoe_rank_32_mi": ({"rank": 32}, "mutual_information"),
-    "smile": ({"router": "projection", "rank": 32, "gate_rank": 16}, None),
+    "smile": ({"gates": "projection", "rank": 32, "gate_rank": 16}, None),
 }
 """Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` is not published:
 mutual information in place of entropy."""
