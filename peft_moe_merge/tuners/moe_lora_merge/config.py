@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft_moe_merge.selection.base import Selector
@@ -101,18 +101,6 @@ class MoELoraMergeConfig(AdapterConfig):
     router_locality_loss: float = field(default=0.0, metadata={"help": "Weight of the locality loss."})
     selector: str | None = field(default=None, metadata={"help": "Kind of the attached task selector."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter's files."})
-
-    def __new__(cls, *args, **kwargs):
-        # PEFT drops the fields it does not know with a warning. Here one may change what the weights mean (how they
-        # are routed, say), so a file with an unknown field is refused instead of half understood.
-        unknown = sorted(set(kwargs) - {known.name for known in fields(cls)})
-        if unknown:
-            raise TypeError(
-                f"{cls.__name__} has no field {', '.join(map(repr, unknown))}. If this comes from an adapter file, a "
-                "newer release of peft_moe_merge wrote it: `pip install -U peft-moe-merge`. Fields: "
-                f"{', '.join(known.name for known in fields(cls))}."
-            )
-        return super().__new__(cls)
 
     def __post_init__(self):
         super().__post_init__()

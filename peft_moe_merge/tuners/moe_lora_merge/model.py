@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPOutput, CLIPTextModel
 
+from peft_moe_merge.files import check_tensors
 from peft_moe_merge.selection.base import Selector
 from peft_moe_merge.selection.features import FeatureSource
 from peft_moe_merge.tuners.moe_lora_merge.pool import STRATEGIES, Merge, choose_merge, favourites
@@ -683,39 +684,17 @@ class MoELoraMergeModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        containers = (*MoELoraMergeLayer.adapter_layer_names, "modules_to_save")
         own = {
             key: tensor
             for key, tensor in model.state_dict().items()
-            if any(f".{container}.{adapter_name}." in key for container in MoELoraMergeLayer.adapter_layer_names)
+            if any(f".{container}.{adapter_name}." in key for container in containers)
         }
-        missing = sorted(own.keys() - state_dict.keys())
-        unexpected = sorted(key for key in state_dict.keys() - own.keys() if f".{cls.prefix}" in key)
-        misshapen = [
-            f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(tensor.shape)}"
-            for key, tensor in own.items()
-            if key in state_dict and state_dict[key].shape != tensor.shape
-        ]
-        mistyped = [  # a header may call floats integers, of the same size
-            f"{key} is {state_dict[key].dtype}, expected {tensor.dtype}"
-            for key, tensor in own.items()
-            if key in state_dict and state_dict[key].is_floating_point() != tensor.is_floating_point()
-        ]
-        problems = [
-            f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-            for what, keys in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of a wrong shape", misshapen),
-                ("of a wrong type", mistyped),
-            )
-            if keys
-        ]
-        if problems:
-            raise ValueError(
-                f"These weights do not fit the adapter {adapter_name!r} ({config.num_experts} experts of rank "
-                f"{config.r}, tasks {config.tasks}). Tensors {'; '.join(problems)}. The file is damaged, or made for "
-                "another base model or configuration."
-            )
+        check_tensors(
+            state_dict,
+            own,
+            f"the adapter {adapter_name!r} ({config.num_experts} experts of rank {config.r}, tasks {config.tasks})",
+        )
         return state_dict
 
 
