@@ -162,7 +162,7 @@ def check_tensors(
     tensors: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
     described: str,
-    may_be_infinite: str = "",
+    may_be_minus_infinity: str = "",
 ) -> None:
     """Check that tensors can take the place of others: the same names, shapes and kinds of numbers, and all finite.
 
@@ -170,7 +170,6 @@ def check_tensors(
         tensors: as read.
         expected: what they are to replace; on any device.
         described: what they must fit, for the message.
-        may_be_infinite: the ending of names whose tensors may hold infinities, though no NaN.
 
     Raises:
         ValueError: they can't.
@@ -189,7 +188,7 @@ def check_tensors(
             for name, (tensor, other) in shared.items()
             if tensor.dtype != other.dtype and not (tensor.is_floating_point() and other.is_floating_point())
         ],
-        "not finite": not_finite(tensors, may_be_infinite),
+        "not finite": not_finite(tensors),
     }
     told = [
         f"{len(names)} {what}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
@@ -203,14 +202,15 @@ def check_tensors(
         )
 
 
-def not_finite(tensors: Mapping[str, torch.Tensor], may_be_infinite: str = "") -> list[str]:
-    """List the names of tensors with NaN or infinite entries."""
+def not_finite(tensors: Mapping[str, torch.Tensor], may_be_minus_infinity: str = "") -> list[str]:
+    """List the names of tensors with NaN or infinite entries; those whose names end as said may hold minus infinity."""
 
     def bad(name: str, tensor: torch.Tensor) -> bool:
         if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
             return False
-        infinities = bool(may_be_infinite) and name.endswith(may_be_infinite)
-        return bool(tensor.isnan().any() if infinities else not tensor.isfinite().all())
+        if may_be_minus_infinity and name.endswith(may_be_minus_infinity):
+            return bool((tensor.isnan() | tensor.isposinf()).any())
+        return not bool(tensor.isfinite().all())
 
     return [name for name, tensor in tensors.items() if bad(name, tensor)]
 

@@ -6,11 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
-from peft_moe_merge.files import check_seal, check_weights_sum, not_finite, read_json, read_tensors, sealed, whole
+from peft_moe_merge.files import (
+    CHECKSUMS,
+    check_seal,
+    check_weights_sum,
+    not_finite,
+    read_json,
+    read_tensors,
+    sealed,
+    whole,
+)
 
 from .autoencoder import AutoencoderSelector
 from .base import Selector
@@ -91,14 +101,30 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
             f"{sorted(expected - tensors.keys())[:3]} are missing, {sorted(tensors.keys() - shared - expected)[:3]} "
             "are unexpected."
         )
-    if bad := not_finite(tensors, may_be_infinite=".threshold"):
+    if bad := not_finite(tensors, may_be_minus_infinity=".threshold"):
         raise ValueError(f"{WEIGHTS} in {str(folder)!r} is damaged: {bad[:3]} are not finite.")
     selector.shared = {name.removeprefix("shared."): tensors[name] for name in sorted(shared & tensors.keys())}
     selector.own = [
         {name: tensors[f"tasks.{position}.{name}"] for name in (*selector.own_names, "threshold")}
         for position in range(len(selector.tasks))
     ]
+    if CHECKSUMS not in described and selector.tasks:
+        _try_out(selector, weights)
     return selector
+
+
+def _try_out(selector: Selector, weights: Path) -> None:
+    """Score one image: tensors of wrong shapes show here, where no checksum tells, as in files of release 0.1."""
+    kept = [*selector.shared.values(), *(tensor for own in selector.own for tensor in own.values())]
+    if not all(tensor.is_floating_point() for tensor in kept):
+        raise ValueError(f"{str(weights)!r} is damaged: it holds other numbers than floats.")
+    try:
+        scores_BT, _ = selector.judge(torch.zeros(1, selector.width))
+        fits = scores_BT.shape == (1, len(selector.tasks)) and bool(scores_BT.isfinite().all())
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{str(weights)!r} does not fit {CONFIG!r}: {error!r}.") from error
+    if not fits:
+        raise ValueError(f"{str(weights)!r} does not fit {CONFIG!r}: its scores are not finite.")
 
 
 def _file(folder: str | Path, subfolder: str | None, name: str, hub: dict[str, Any]) -> str | Path:

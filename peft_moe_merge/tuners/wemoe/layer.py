@@ -36,6 +36,11 @@ class WEMoELayer(BaseTunerLayer):
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the layer's adapters."""
+        return set(self._get_available_adapters())
+
     def active(self, adapters: nn.Module | dict) -> str | None:
         """Return the active adapter's name if it is among `adapters` and not disabled."""
         if self.disable_adapters:

@@ -96,6 +96,17 @@ class WEMoEModel(BaseTuner):
     tuner_layer_cls = WEMoELayer
     target_module_mapping = dict.fromkeys(CLIP_LIKE, CLIP_MLP)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        adapters = {name for layer in model.modules() if isinstance(layer, WEMoELayer) for name in layer.adapters}
+        names = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+        taken = {part for name in names for part in name.split(".")} - adapters
+        if adapter_name in taken | {"hidden", "weight", "bias"} or adapter_name.isdigit():
+            raise ValueError(
+                f"An adapter can't be called {adapter_name!r}: that is also a part of the weights' names, by which PEFT "
+                "tells adapters apart when it saves them. Choose another adapter name."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: WEMoEConfig, model_config: dict) -> WEMoEConfig:
         if not peft_config.tasks:
             raise ValueError(
