@@ -263,7 +263,9 @@ def test_an_edit_made_on_purpose_is_kept_by_deleting_the_checksums(saved, tmp_pa
 
     tensors = load_file(tmp_path / "edited" / "adapter_model.safetensors")
     save_file({name: t * 2 for name, t in tensors.items()}, tmp_path / "edited" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="adapter_model.safetensors' is damaged.*delete 'checksums' from 'adapter_conf"):
+    with pytest.raises(
+        ValueError, match="adapter_model.safetensors' is damaged.*delete 'checksums' from 'adapter_conf"
+    ):
         KINDS["wemoe rank"].outputs(tmp_path / "edited")
     del fields["checksums"]
     file.write_text(json.dumps(fields))

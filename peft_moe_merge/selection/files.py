@@ -74,7 +74,7 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
     version = described.get("format_version", 0)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"The selector in {str(folder)!r} has format_version={version}; this release of peft_moe_merge reads up "
+            f"{str(config)!r} has format_version={version}; this release of peft_moe_merge reads up "
             f"to {FORMAT_VERSION}: `pip install -U peft-moe-merge`."
         )
     check_seal(described, config)
@@ -82,7 +82,7 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
     tensors = read_tensors(weights)
     if described.get("kind") not in SELECTORS:
         raise ValueError(
-            f"Unknown selector {described.get('kind')!r} in {str(folder)!r}; there are {list(SELECTORS)}."
+            f"Unknown selector {described.get('kind')!r} in {str(config)!r}; there are {list(SELECTORS)}."
         )
     try:
         selector = SELECTORS[described["kind"]](source_from_dict(described["source"]), **described["options"])

@@ -62,13 +62,7 @@ class AdapterConfig(PeftConfig):
             TypeError: it has a field that this release does not have, or a value of a wrong type.
         """
         refuse_pickle(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (TypeError, ValueError) as error:
-            file = str(Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME))
-            if type(error) not in (TypeError, ValueError) or file in str(error):
-                raise
-            raise type(error)(f"{file!r}: {error}") from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the config as `PeftConfig` does, with checksums; a full disk leaves the file that was there before."""

@@ -48,14 +48,22 @@ def _from_json_file(original: Callable, cls: type[PeftConfig], path_json_file: s
         described = original(cls, path_json_file, **kwargs)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path_json_file)!r} is damaged: {error}. Save or download it anew.") from error
-    kind = described.get("peft_type") if isinstance(described, dict) else None
-    if _is_ours(kind) or CHECKSUMS in described:
-        check_seal(read_json(path_json_file), Path(path_json_file), UNGUARDED)
+    if not isinstance(described, dict):
+        raise ValueError(f"{str(path_json_file)!r} is damaged: it holds no JSON object. Save or download it anew.")
+    kind = described.get("peft_type")
     if "peft_type" in described and not (isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING):
         raise ValueError(
             f"{str(path_json_file)!r} is of an unknown kind of adapter, peft_type={kind!r}. It is damaged, or made by a "
             "package that has to be imported first."
         )
+    if _is_ours(kind):
+        try:
+            PEFT_TYPE_TO_CONFIG_MAPPING[kind](**described)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            kind_of_error = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind_of_error(f"{str(path_json_file)!r}: {error}") from error
+    if _is_ours(kind) or CHECKSUMS in described:  # last: that a newer release wrote the file says more
+        check_seal(read_json(path_json_file), Path(path_json_file), UNGUARDED)
     return described
 
 

@@ -215,7 +215,10 @@ def test_equal_logits_in_a_fresh_process(world, case, task):
         ("no such revision", r"RevisionNotFoundError(.|\n)*Invalid rev id: none"),
         ("wide", r"ValueError: These weights do not fit.*is \(4, 32\), expected \(4, 64\).*another base model"),
         ("pickled", r"ValueError: The adapter 'owner/pickled' has its weights in 'adapter_model.bin', a pickle file"),
-        ("tampered", r"ValueError: '.*adapter_model.safetensors' is damaged, or does not belong to '.*adapter_config.json'"),
+        (
+            "tampered",
+            r"ValueError: '.*adapter_model.safetensors' is damaged, or does not belong to '.*adapter_config.json'",
+        ),
         ("integers", r"ValueError: These weights do not fit.*of a wrong type.*torch.int32, expected torch.float32"),
         ("newer", r"ValueError: This adapter has format_version=99; .*reads up to 1: `pip install -U"),
         ("unknown field", r"TypeError: MoELoraMergeConfig has no field 'hash_routing'.*newer release"),

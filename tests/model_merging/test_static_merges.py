@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static
+from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static, static_merge
 
 TASKS = ("cars", "dtd")
 
@@ -65,6 +65,48 @@ def test_every_merge_is_a_plain_model_and_leaves_its_inputs_alone(base, finetune
             assert torch.equal(own, parameter)
     again = merge_static(base, finetuned, method, **options)
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", STATIC_MERGES)
+def test_every_merge_in_every_precision_is_the_precise_one_rounded(base, finetuned, data, method, dtype):
+    base, finetuned = base.to(dtype), {task: model.to(dtype) for task, model in finetuned.items()}
+    options = dict(data) if "batches" in STATIC_MERGES[method].options else {}
+    if method == "adamerging":
+        options |= {"steps": 2, "progress": False}
+    if method == "dare":
+        options |= {"density": 1.0}  # what is drawn depends on the precision that it is drawn in
+    if method == "fisher":
+        options |= {"images": 4}
+    merged = merge_static(base, finetuned, method, **options)
+    exact = merge_static(
+        copy.deepcopy(base).double(), {t: copy.deepcopy(m).double() for t, m in finetuned.items()}, method, **options
+    )
+    for name, parameter in merged.named_parameters():
+        assert parameter.dtype == dtype and parameter.isfinite().all()
+        expected = exact.get_parameter(name)
+        change = (expected - base.get_parameter(name).double()).norm().item()
+        rounding = torch.finfo(dtype).eps * (1 + expected.norm().item())
+        slack = 0.3 if method in ("fisher", "regmean") else 0.05  # they ask the rounded models for their opinion
+        assert (parameter.double() - expected).norm() <= rounding + (slack if dtype.itemsize < 4 else 1e-3) * change
+
+
+def test_each_merge_names_its_source_and_new_ones_register(base, finetuned):
+    assert all("arXiv" in merge.source and merge.name == name for name, merge in STATIC_MERGES.items())
+
+    @static_merge("first", "nobody")
+    def first(base, vectors, scaling: float = 1.0):
+        """The first task's model."""
+        return {n: vectors.base[n] + scaling * vectors.delta(vectors.tasks[0], n) for n in vectors.changed()}
+
+    try:
+        merged = merge_static(base, finetuned, "first")
+        for name, parameter in finetuned["cars"].named_parameters():
+            torch.testing.assert_close(merged.get_parameter(name), parameter)
+        with pytest.raises(ValueError, match=r"'first' has the options \['scaling'\]; \['speed'\] are not"):
+            merge_static(base, finetuned, "first", speed=1)
+    finally:
+        del STATIC_MERGES["first"]
 
 
 def test_average_and_task_arithmetic(base, finetuned):

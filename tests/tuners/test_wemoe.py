@@ -125,7 +125,9 @@ def test_equals_the_loop_in_values_gates_and_gradients(base, finetuned, images, 
     gates = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, WEMoEBlock):
-            module.wemoe_router["default"].register_forward_hook(lambda m, a, out, name=name: gates.update({name: out}))
+            module.wemoe_router["default"].register_forward_hook(
+                lambda m, a, out, name=name: gates.update({name: out})
+            )
     actual = features(model, images)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     for name, own in expected_gates.items():

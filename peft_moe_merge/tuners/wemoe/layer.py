@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -235,8 +236,11 @@ class WEMoEStatic(nn.Module, WEMoELayer):
         adapter = self.active(self.wemoe_static)
         if adapter is None:
             return self.base_layer(*args, **kwargs)
-        shifts = self.wemoe_static[adapter]
-        shifted = {path: value + shifts[path.replace(".", "/")] for path, value in self.base_layer.named_parameters()}
+        # The names are those of the shifts: a replica of a module (DataParallel) lists no parameters.
+        shifted = {
+            name.replace("/", "."): attrgetter(name.replace("/", "."))(self.base_layer) + shift
+            for name, shift in self.wemoe_static[adapter].items()
+        }
         if torch.compiler.is_compiling() or any("forward" in module.__dict__ for module in self.base_layer.modules()):
             return torch.func.functional_call(self.base_layer, shifted, args, kwargs)
         # In place of `functional_call`, which exchanges the parameters of a module that other threads run as well.
@@ -246,11 +250,14 @@ class WEMoEStatic(nn.Module, WEMoELayer):
 def with_parameters(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a module that has the given parameters, by name, and shares everything else with it."""
     new = copy.copy(module)
-    new._parameters = {name: parameters.get(name, value) for name, value in module._parameters.items()}
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    new._modules = dict(module._modules)
-    for name, child in children.items():
-        own = {path.removeprefix(f"{name}."): p for path, p in parameters.items() if path.startswith(f"{name}.")}
-        if own:
-            new._modules[name] = with_parameters(child, own)
+    new._parameters, new._modules = dict(module._parameters), dict(module._modules)
+    inside: dict[str, dict[str, torch.Tensor]] = {}
+    for path, value in parameters.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inside.setdefault(name, {})[rest] = value
+        else:
+            (new._parameters if name in new._parameters else new.__dict__)[name] = value
+    for name, own in inside.items():
+        new._modules[name] = with_parameters(module._modules[name], own)
     return new

@@ -97,6 +97,8 @@ class WEMoEModel(BaseTuner):
     target_module_mapping = dict.fromkeys(CLIP_LIKE, CLIP_MLP)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not self.__dict__.get("injected"):
+            check_plain(model)
         adapters = {name for layer in model.modules() if isinstance(layer, WEMoELayer) for name in layer.adapters}
         names = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
         taken = {part for name in names for part in name.split(".")} - adapters
@@ -106,6 +108,7 @@ class WEMoEModel(BaseTuner):
                 "tells adapters apart when it saves them. Choose another adapter name."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.injected = True
 
     def _prepare_adapter_config(self, peft_config: WEMoEConfig, model_config: dict) -> WEMoEConfig:
         if not peft_config.tasks:
@@ -118,10 +121,7 @@ class WEMoEModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: WEMoEConfig, model: nn.Module) -> None:
-        """Check the model and every target before the first one is replaced."""
-        if not self.__dict__.get("injected"):
-            check_plain(model)
-        self.injected = True
+        """Check every target before the first one is replaced."""
         for name, module in model.named_modules():
             if check_target_module_exists(peft_config, name) and not isinstance(module, WEMoELayer):
                 check_target(peft_config, name, module)
