@@ -372,9 +372,25 @@ def test_no_door_leads_to_a_pickle(kind, saved, tmp_path, monkeypatch):
         lambda: model.load_adapter(tmp_path / "pickled", "other"),
         lambda: model.load_adapter(tmp_path / "pickled", "default"),
         lambda: config_cls.from_pretrained(tmp_path / "pickled"),
+        lambda: base().load_adapter(tmp_path / "pickled"),  # transformers' own
     ):
         with pytest.raises(ValueError, match="a pickle file"):
             load()
+
+
+def test_transformers_own_door_notices_damage(saved, tmp_path):
+    folder, expected = saved("wemoe rank")
+    shutil.copytree(folder, tmp_path / "copy")
+    model = small_clip()
+    model.load_adapter(tmp_path / "copy")
+    assert torch.equal(KINDS["wemoe rank"].run(model), expected)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for damage in (flip, cut):
+            shutil.copy(folder / name, tmp_path / "copy" / name)
+            damage(tmp_path / "copy" / name, random.Random(1))
+            with pytest.raises(ValueError, match=name):
+                small_clip().load_adapter(tmp_path / "copy")
+        shutil.copy(folder / name, tmp_path / "copy" / name)
 
 
 def test_adapters_of_other_methods_load_as_ever(tmp_path):
@@ -387,6 +403,9 @@ def test_adapters_of_other_methods_load_as_ever(tmp_path):
     loaded.load_adapter(tmp_path, "second")
     loaded.set_adapter("second")
     assert torch.equal(KINDS["wemoe"].run(loaded), KINDS["wemoe"].run(lora))
+    plain = small_clip()
+    plain.load_adapter(tmp_path)
+    assert torch.equal(KINDS["wemoe"].run(plain), KINDS["wemoe"].run(lora))
     Path(tmp_path, "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json' is damaged"):
         PeftModel.from_pretrained(small_clip(), tmp_path)

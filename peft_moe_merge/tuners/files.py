@@ -1,8 +1,9 @@
-"""Strict reading of adapter files, at the two places where PEFT reads them and no tuner has a say.
+"""Strict reading of adapter files, at the places where they are read and no tuner has a say.
 
 `PeftConfigMixin.from_json_file` is where PEFT's every way to an adapter reads the JSON file, and `PeftModel.load_adapter`
-is where it reads the weights, also when a `config` is handed over and the file is not looked at. Both are wrapped here and
-nowhere else. Adapters of other methods pass through as they were, except that a JSON file that can't be read is named.
+is where it reads the weights, also when a `config` is handed over and the file is not looked at. transformers' models
+have a `load_adapter` of their own. These three are wrapped here and nowhere else. Adapters of other methods pass through
+as they were, except that a JSON file that can't be read is named.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_moe_merge.files import CHECKSUMS, check_seal, check_weights_sum, read_json
 
@@ -26,10 +28,11 @@ from .adapter_config import UNGUARDED, AdapterConfig, refuse_pickle
 
 
 def guard_peft() -> None:
-    """Wrap PEFT's two doors, once, or anew when the package is imported a second time."""
+    """Wrap the doors once, or anew when the package is imported a second time."""
     read = PeftConfigMixin.__dict__["from_json_file"].__func__
     PeftConfigMixin.from_json_file = classmethod(_guarded(read, _from_json_file))
     PeftModel.load_adapter = _guarded(PeftModel.load_adapter, _load_adapter)
+    PeftAdapterMixin.load_adapter = _guarded(PeftAdapterMixin.load_adapter, _load_adapter_into_plain_model)
 
 
 def _guarded(current: Callable, guard: Callable) -> Callable:
@@ -80,13 +83,7 @@ def _load_adapter(
     ours = isinstance(known, AdapterConfig) or (known is None and _is_ours(PeftConfig._get_peft_type(model_id, **hub)))
     if not ours:
         return original(model, model_id, adapter_name, *args, **kwargs)
-    refuse_pickle(model_id, **hub)
-    weights = find(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
-    if weights is None:
-        raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME!r} in {str(model_id)!r}: no adapter, or half of one.")
-    described = find(model_id, CONFIG_NAME, **hub)
-    if described is not None:
-        check_weights_sum(PeftConfig.from_json_file(described), described, weights)
+    weights = check_files(model_id, **hub)
     try:
         return original(model, model_id, adapter_name, *args, **kwargs)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -94,6 +91,33 @@ def _load_adapter(
             model.delete_adapter(adapter_name)
         reason = f"it lacks the tensor {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"Could not load {str(weights)!r}: {reason}") from error
+
+
+def _load_adapter_into_plain_model(
+    original: Callable, model: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if peft_model_id is not None:
+        hub, _ = PeftConfig._split_kwargs(kwargs.get("adapter_kwargs") or {})[:2]
+        described = find(peft_model_id, CONFIG_NAME, **hub)
+        if described is not None and _is_ours(PeftConfig.from_json_file(described).get("peft_type")):
+            check_files(peft_model_id, **hub)
+    return original(model, peft_model_id, *args, **kwargs)
+
+
+def check_files(adapter: Any, **hub: Any) -> Path:
+    """Check an adapter's files as far as that goes without a model, and return where its weights are.
+
+    Raises:
+        ValueError: there are no weights, or only a pickle file; a file is not what was written.
+    """
+    refuse_pickle(adapter, **hub)
+    weights = find(adapter, SAFETENSORS_WEIGHTS_NAME, **hub)
+    if weights is None:
+        raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME!r} in {str(adapter)!r}: no adapter, or half of one.")
+    described = find(adapter, CONFIG_NAME, **hub)
+    if described is not None:
+        check_weights_sum(PeftConfig.from_json_file(described), described, weights)
+    return weights
 
 
 def find(adapter: Any, name: str, subfolder: str | None = None, **download: Any) -> Path | None:

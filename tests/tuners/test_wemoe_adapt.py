@@ -145,6 +145,16 @@ def test_resuming_equals_not_stopping(model, heads, tmp_path):
     with pytest.raises(ValueError, match="checkpoint of another run"):
         adapt_routers(resumed, loaders(), steps=12, checkpoint=file, **run)
 
+    content, before = file.read_bytes(), router_state(resumed)
+    start = 8 + int.from_bytes(content[:8], "little")
+    for damaged in (content[:20], content[:-4], content[:start] + b"\xff" * (len(content) - start)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="adaptation.safetensors'.*[dD]elete it to start anew"):
+            adapt_routers(resumed, loaders(), steps=11, checkpoint=file, **run)
+    assert_same_state(router_state(resumed), before)
+    file.unlink()  # what the message says
+    assert len(adapt_routers(resumed, loaders(), steps=11, checkpoint=file, **run)) == 11
+
 
 def test_the_same_seed_gives_the_same_routers_and_another_does_not(model, heads):
     states = []

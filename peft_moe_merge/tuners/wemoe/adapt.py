@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from peft_moe_merge.files import whole
+from peft_moe_merge.files import check_tensors, whole
 from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import task_logits
 from peft_moe_merge.model_merging.losses import LOSSES as LOSSES_OF_LOGITS
@@ -173,21 +173,31 @@ def _load_checkpoint(
     """Restore routers and optimizer in place, and return the number of steps done (0 without a file)."""
     if not Path(path).exists():
         return 0
-    with safe_open(path, "pt") as file:
-        saved = json.loads(file.metadata()["run"])
-        done = saved.pop("done")
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        expected = {f"parameter/{name}": list(parameter.shape) for name, parameter in routers.items()}
-        if saved != settings or any(shapes.get(name) != shape for name, shape in expected.items()):
-            raise ValueError(
-                f"{path} is the checkpoint of another run ({saved}), this one is {settings}: choose another file, or "
-                "delete it to start anew."
-            )
-        with torch.no_grad():
-            for name, parameter in routers.items():
-                parameter.copy_(file.get_tensor(f"parameter/{name}"))
-                optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{key}/{name}").to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads(file.metadata()["run"])
+            done = saved.pop("done")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error!r}. Delete it to start anew.") from error
+    if saved != settings:
+        raise ValueError(
+            f"{path} is the checkpoint of another run ({saved}), this one is {settings}: choose another file, or "
+            "delete it to start anew."
+        )
+    expected = {}
+    for name, parameter in routers.items():
+        moments = dict.fromkeys((f"parameter/{name}", f"exp_avg/{name}", f"exp_avg_sq/{name}"), parameter)
+        expected |= {**moments, f"step/{name}": torch.zeros(())}
+    try:
+        check_tensors(tensors, expected, "the adapter's routers")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error} Choose another file, or delete it to start anew.") from error
+    with torch.no_grad():
+        for name, parameter in routers.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     return done
