@@ -116,7 +116,7 @@ def reference_routers(model, depth):
 @pytest.mark.parametrize("way", ["merged", "output_space"])
 def test_equals_the_loop_in_values_gates_and_gradients(base, finetuned, images, depth, way, monkeypatch):
     monkeypatch.setattr(ensembling, "output_space_is_cheaper", lambda tokens, tasks: way == "output_space")
-    monkeypatch.setitem(ensembling.TILE_ENTRIES, "cpu", 700)  # several tiles, the last one short
+    monkeypatch.setitem(ensembling.TILES, "cpu", (3, 700))  # several tiles, the last one short
     model = merge_finetuned(copy.deepcopy(base), finetuned, WEMoEConfig(router_depth=depth))
     stir_routers(model)
     routers = reference_routers(model, depth)
@@ -146,7 +146,7 @@ def test_equals_the_loop_in_values_gates_and_gradients(base, finetuned, images, 
 
 
 def test_the_gradient_of_merging_is_right_in_every_input(monkeypatch):
-    monkeypatch.setitem(ensembling.TILE_ENTRIES, "cpu", 20)
+    monkeypatch.setitem(ensembling.TILES, "cpu", (2, 20))
     g = torch.Generator().manual_seed(0)
     x, gates, weight, bias, deltas = (
         torch.randn(shape, generator=g, dtype=torch.float64)
