@@ -133,15 +133,41 @@ def multiply(out, added, left, right, beta):
 
 
 def merged_tiles(gates_BT, weight_OI, deltas, index_TK):
-    """Yield images, output rows, their merged weights `[B, rows, I]`, and their task vectors `[T, rows * I]`."""
+    """Yield images, output rows, their merged weights `[B, rows, I]`, and their task vectors `[T, rows * I]`.
+
+    The merged weights are in memory that the next ones take: fresh memory for each would cost as much as merging.
+    """
     outputs, inputs = weight_OI.shape
-    deltas_TN = (deltas if index_TK is None else densify(deltas, index_TK, weight_OI.shape)).flatten(1)
     size, entries = TILES.get(weight_OI.device.type, TILES_ELSEWHERE)
+    size = min(size, len(gates_BT))
+    step = max(1, min(outputs, entries // (size * inputs)))
+    memory = weight_OI.new_empty(size * step * inputs)
     groups = [slice(start, min(start + size, len(gates_BT))) for start in range(0, len(gates_BT), size)]
-    step = max(1, min(outputs, entries // (min(size, len(gates_BT)) * inputs)))
-    for start in range(0, outputs, step):
-        rows = slice(start, min(start + step, outputs))
-        tile_TN = deltas_TN[:, rows.start * inputs : rows.stop * inputs]
+    for rows, tile_TN in task_vector_tiles(deltas, index_TK, weight_OI.shape, step):
+        base_N = weight_OI[rows].reshape(1, -1)
         for images in groups:
-            merged_BN = torch.addmm(weight_OI[rows].reshape(1, -1), gates_BT[images], tile_TN)
-            yield images, rows, merged_BN.unflatten(1, (-1, inputs)), tile_TN
+            gates_GT = gates_BT[images]
+            merged_GN = memory[: len(gates_GT) * base_N.shape[1]].view(len(gates_GT), -1)
+            torch.addmm(base_N, gates_GT, tile_TN, out=merged_GN)
+            yield images, rows, merged_GN.unflatten(1, (-1, inputs)), tile_TN
+
+
+def task_vector_tiles(deltas, index_TK, shape, step):
+    """Yield some output rows at a time and the task vectors there, `[T, rows * I]`; sparse ones made dense for the moment."""
+    outputs, inputs = shape
+    tiles = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+    if index_TK is None or deltas.device.type != "cpu" or torch.compiler.is_compiling():
+        deltas_TN = (deltas if index_TK is None else densify(deltas, index_TK, shape)).flatten(1)
+        for rows in tiles:
+            yield rows, deltas_TN[:, rows.start * inputs : rows.stop * inputs]
+        return
+    # A tile that is filled in the cache costs less than to read a dense one, or to write one of all rows, to memory.
+    starts = torch.tensor([rows.start * inputs for rows in tiles] + [outputs * inputs], dtype=index_TK.dtype)
+    cuts = torch.searchsorted(index_TK, starts.expand(len(index_TK), -1).contiguous()).tolist()
+    memory = deltas.new_empty(len(deltas) * step * inputs)
+    for number, rows in enumerate(tiles):
+        tile_TN = memory[: len(deltas) * (rows.stop - rows.start) * inputs].view(len(deltas), -1).zero_()
+        for tile_N, values_K, index_K, cut in zip(tile_TN, deltas, index_TK, cuts, strict=True):
+            part = slice(cut[number], cut[number + 1])
+            tile_N.index_copy_(0, index_K[part].long() - rows.start * inputs, values_K[part])
+        yield rows, tile_TN
