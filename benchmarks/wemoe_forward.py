@@ -134,6 +134,7 @@ def main() -> None:
         "dense": WEMoEConfig(tasks=tasks),
         f"sparse {args.sparsity:g}": WEMoEConfig(tasks=tasks, sparsity=args.sparsity),
         f"rank {args.rank}": WEMoEConfig(tasks=tasks, rank=args.rank),
+        f"rank {args.rank}, linear router": WEMoEConfig(tasks=tasks, rank=args.rank, router_depth=1),
     }
     ours = {name: build(config, args.width, deltas, args.seed).to(args.device) for name, config in configs.items()}
     deltas = {name: delta.to(args.device) for name, delta in deltas.items()}
@@ -157,7 +158,7 @@ def main() -> None:
             for name, row in rows.items():
                 low, high = row["plain_mlps_range"]
                 print(
-                    f"  {name:12s}{row['milliseconds']:9.1f} ms  {row['plain_mlps']:6.2f} plain MLPs "
+                    f"  {name:24s}{row['milliseconds']:9.1f} ms  {row['plain_mlps']:6.2f} plain MLPs "
                     f"({low:.2f} to {high:.2f})  {row['faster_than_loop']:6.2f} x the loop"
                 )
     if args.output:
