@@ -38,10 +38,10 @@ class TaskVectors:
 
     def delta(self, task: str, name: str) -> torch.Tensor:
         """Return τ of one task for the parameter `name`."""
-        base = _precise(self.base[name])
+        base = precise(self.base[name])
         if name not in self.finetuned[task]:
             return torch.zeros_like(base)
-        return _precise(self.finetuned[task][name]).to(base.device) - base
+        return precise(self.finetuned[task][name]).to(base.device) - base
 
     def stacked(self, name: str) -> torch.Tensor:
         """Return the task vectors of the parameter `name`, `[T, *shape]`."""
@@ -58,8 +58,18 @@ class TaskVectors:
         }
 
 
-def _precise(tensor: torch.Tensor) -> torch.Tensor:
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32 or more."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def finetuned_model(base: nn.Module, vectors: TaskVectors, task: str) -> nn.Module:
+    """Return a copy of the base model with one task's parameters, in eval mode and without gradients."""
+    model = copy.deepcopy(base).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in vectors.finetuned[task]:
+            parameter.copy_(vectors.finetuned[task][name])
+    return model
 
 
 def load_task_vectors(

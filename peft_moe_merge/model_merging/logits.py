@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .batches import images_of
+
 
 def zero_shot_logits(model: nn.Module, pixel_values: torch.Tensor, head_CD: torch.Tensor) -> torch.Tensor:
     """Return a CLIP's `logits_BC` for images and classes given by their normalised text features."""
@@ -38,10 +40,3 @@ def task_logits(model: nn.Module, batch: Any, head_CD: torch.Tensor | None = Non
         raise ValueError(f"without `heads` a batch is a mapping of the model's arguments, got {type(batch).__name__}.")
     output = model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
     return output.logits_per_image if "logits_per_image" in output else output.logits
-
-
-def images_of(batch: Any) -> torch.Tensor:
-    """Return the pixel values of a batch: the batch itself, its first item, or the one of that name."""
-    if isinstance(batch, Mapping):
-        return batch["pixel_values"]
-    return batch[0] if isinstance(batch, (tuple, list)) else batch

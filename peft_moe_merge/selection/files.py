@@ -6,12 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from peft_moe_merge.files import whole
+from peft_moe_merge.files import (
+    CHECKSUMS,
+    check_seal,
+    check_weights_sum,
+    not_finite,
+    read_json,
+    read_tensors,
+    sealed,
+    whole,
+)
 
 from .autoencoder import AutoencoderSelector
 from .base import Selector
@@ -45,7 +54,7 @@ def save_selector(selector: Selector, folder: str | Path) -> None:
     with whole(folder / WEIGHTS) as partial:
         save_file(tensors, partial)
     with whole(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(described, indent=2))
+        partial.write_text(json.dumps(sealed(described, folder / CONFIG, folder / WEIGHTS), indent=2))
 
 
 def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) -> Selector:
@@ -60,26 +69,25 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
         FileNotFoundError: there is no selector.
         ValueError: its files are damaged, of a newer release, or do not fit one another.
     """
-    config, weights = (_file(folder, subfolder, name, hub) for name in (CONFIG, WEIGHTS))
-    try:
-        described = json.loads(Path(config).read_text())
-        tensors = load_file(weights)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"The selector in {str(folder)!r} is damaged: {error}. Save or download it anew.") from error
-    version = described.get("format_version", 0) if isinstance(described, dict) else None
+    config, weights = (Path(_file(folder, subfolder, name, hub)) for name in (CONFIG, WEIGHTS))
+    described = read_json(config)
+    version = described.get("format_version", 0)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"The selector in {str(folder)!r} has format_version={version}; this release of peft_moe_merge reads up "
+            f"{str(config)!r} has format_version={version}; this release of peft_moe_merge reads up "
             f"to {FORMAT_VERSION}: `pip install -U peft-moe-merge`."
         )
+    check_seal(described, config)
+    check_weights_sum(described, config, weights)
+    tensors = read_tensors(weights)
     if described.get("kind") not in SELECTORS:
         raise ValueError(
-            f"Unknown selector {described.get('kind')!r} in {str(folder)!r}; there are {list(SELECTORS)}."
+            f"Unknown selector {described.get('kind')!r} in {str(config)!r}; there are {list(SELECTORS)}."
         )
     try:
         selector = SELECTORS[described["kind"]](source_from_dict(described["source"]), **described["options"])
         selector.tasks, selector.width = list(described["tasks"]), described["width"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{CONFIG} in {str(folder)!r} is damaged: {error!r}.") from error
     expected = {
         f"tasks.{position}.{name}"
@@ -93,12 +101,30 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
             f"{sorted(expected - tensors.keys())[:3]} are missing, {sorted(tensors.keys() - shared - expected)[:3]} "
             "are unexpected."
         )
+    if bad := not_finite(tensors, may_be_minus_infinity=".threshold"):
+        raise ValueError(f"{WEIGHTS} in {str(folder)!r} is damaged: {bad[:3]} are not finite.")
     selector.shared = {name.removeprefix("shared."): tensors[name] for name in sorted(shared & tensors.keys())}
     selector.own = [
         {name: tensors[f"tasks.{position}.{name}"] for name in (*selector.own_names, "threshold")}
         for position in range(len(selector.tasks))
     ]
+    if CHECKSUMS not in described and selector.tasks:
+        _try_out(selector, weights)
     return selector
+
+
+def _try_out(selector: Selector, weights: Path) -> None:
+    """Score one image: tensors of wrong shapes show here, where no checksum tells, as in files of release 0.1."""
+    kept = [*selector.shared.values(), *(tensor for own in selector.own for tensor in own.values())]
+    if not all(tensor.is_floating_point() for tensor in kept):
+        raise ValueError(f"{str(weights)!r} is damaged: it holds other numbers than floats.")
+    try:
+        scores_BT, _ = selector.judge(torch.zeros(1, selector.width))
+        fits = scores_BT.shape == (1, len(selector.tasks)) and bool(scores_BT.isfinite().all())
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{str(weights)!r} does not fit {CONFIG!r}: {error!r}.") from error
+    if not fits:
+        raise ValueError(f"{str(weights)!r} does not fit {CONFIG!r}: its scores are not finite.")
 
 
 def _file(folder: str | Path, subfolder: str | None, name: str, hub: dict[str, Any]) -> str | Path:

@@ -13,6 +13,8 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
+from .files import guard_peft
+
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -56,3 +58,4 @@ def register(*, name: str, prefix: str, config_cls: type[PeftConfig], model_cls:
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
             del mapping[member]
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=model_cls)
+    guard_peft()

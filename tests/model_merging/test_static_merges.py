@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static
+from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static, static_merge
 
 TASKS = ("cars", "dtd")
 
@@ -67,6 +67,48 @@ def test_every_merge_is_a_plain_model_and_leaves_its_inputs_alone(base, finetune
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", STATIC_MERGES)
+def test_every_merge_in_every_precision_is_the_precise_one_rounded(base, finetuned, data, method, dtype):
+    base, finetuned = base.to(dtype), {task: model.to(dtype) for task, model in finetuned.items()}
+    options = dict(data) if "batches" in STATIC_MERGES[method].options else {}
+    if method == "adamerging":
+        options |= {"steps": 2, "progress": False}
+    if method == "dare":
+        options |= {"density": 1.0}  # what is drawn depends on the precision that it is drawn in
+    if method == "fisher":
+        options |= {"images": 4}
+    merged = merge_static(base, finetuned, method, **options)
+    exact = merge_static(
+        copy.deepcopy(base).double(), {t: copy.deepcopy(m).double() for t, m in finetuned.items()}, method, **options
+    )
+    for name, parameter in merged.named_parameters():
+        assert parameter.dtype == dtype and parameter.isfinite().all()
+        expected = exact.get_parameter(name)
+        change = (expected - base.get_parameter(name).double()).norm().item()
+        rounding = torch.finfo(dtype).eps * (1 + expected.norm().item())
+        slack = 0.3 if method in ("fisher", "regmean") else 0.05  # they ask the rounded models for their opinion
+        assert (parameter.double() - expected).norm() <= rounding + (slack if dtype.itemsize < 4 else 1e-3) * change
+
+
+def test_each_merge_names_its_source_and_new_ones_register(base, finetuned):
+    assert all("arXiv" in merge.source and merge.name == name for name, merge in STATIC_MERGES.items())
+
+    @static_merge("first", "nobody")
+    def first(base, vectors, scaling: float = 1.0):
+        """The first task's model."""
+        return {n: vectors.base[n] + scaling * vectors.delta(vectors.tasks[0], n) for n in vectors.changed()}
+
+    try:
+        merged = merge_static(base, finetuned, "first")
+        for name, parameter in finetuned["cars"].named_parameters():
+            torch.testing.assert_close(merged.get_parameter(name), parameter)
+        with pytest.raises(ValueError, match=r"'first' has the options \['scaling'\]; \['speed'\] are not"):
+            merge_static(base, finetuned, "first", speed=1)
+    finally:
+        del STATIC_MERGES["first"]
+
+
 def test_average_and_task_arithmetic(base, finetuned):
     for method, options, scaling in (("average", {}, 0.5), ("task_arithmetic", {"scaling": 0.4}, 0.4)):
         merged = merge_static(base, finetuned, method, **options)
@@ -103,6 +145,104 @@ def test_dare_is_unbiased_and_seeded(base, finetuned):
     expected = tau(base, finetuned, name).sum(0)
     assert not torch.equal(draws[0], draws[1])
     assert (draws.mean(0) - expected).norm() < 0.12 * expected.norm()  # 1 / sqrt(200), for one of two that is dropped
+
+
+def test_iso_c_has_equal_singular_values(base, finetuned):
+    merged = merge_static(base, finetuned, "iso_c", scaling=1.5)
+    for name in (
+        "vision_model.encoder.layers.0.mlp.fc1.weight",
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+    ):
+        total = tau(base, finetuned, name).double().sum(0)
+        change = (merged.get_parameter(name) - base.get_parameter(name)).double()
+        mean = torch.linalg.svdvals(total).mean()
+        torch.testing.assert_close(torch.linalg.svdvals(change), 1.5 * mean.expand(16), rtol=1e-3, atol=0)
+        # of all matrices with these singular values the one with the largest product with the sum: the polar factor
+        gram = total.T @ total
+        values, vectors = torch.linalg.eigh(gram)
+        polar = total @ (vectors * values.rsqrt()) @ vectors.T
+        torch.testing.assert_close(change, 1.5 * mean * polar, rtol=0, atol=2e-5)
+    bias = "vision_model.encoder.layers.0.mlp.fc1.bias"
+    change = merged.get_parameter(bias) - base.get_parameter(bias)
+    torch.testing.assert_close(change, 1.5 * tau(base, finetuned, bias).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def of_one_direction(base, name, left, right):
+    """A fine-tuned copy whose weight changed by an outer product."""
+    tuned = copy.deepcopy(base)
+    tuned.get_parameter(name).data.add_(torch.outer(left, right))
+    return tuned
+
+
+def test_iso_c_adds_no_direction_that_nobody_learnt(base):
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    axes = torch.eye(32)[0], torch.eye(16)[3]
+    merged = merge_static(base.double(), {"a": of_one_direction(base, name, *[x.double() for x in axes])}, "iso_c")
+    change = merged.get_parameter(name) - base.get_parameter(name)
+    torch.testing.assert_close(
+        change, torch.outer(*axes).double() / 16, rtol=0, atol=1e-10
+    )  # the mean of 1 and 15 zeros
+
+
+def test_tsv_adds_orthogonal_tasks_up_and_parts_equal_ones(base, finetuned):
+    base = base.double()
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    rows, columns = torch.eye(32).double(), torch.eye(16).double()
+    apart = {t: of_one_direction(base, name, 3 * rows[i], columns[i]) for i, t in enumerate(TASKS)}
+    change = merge_static(base, apart, "tsv").get_parameter(name) - base.get_parameter(name)
+    expected = 3 * torch.outer(rows[0], columns[0]) + 3 * torch.outer(rows[1], columns[1])
+    torch.testing.assert_close(change[:2, :2], expected[:2, :2], rtol=0, atol=1e-9)
+
+    name = "vision_model.encoder.layers.0.mlp.fc2.weight"
+    finetuned = {task: model.double() for task, model in finetuned.items()}
+    merged = merge_static(base, finetuned, "tsv", scaling=0.7)
+    kept_u, kept_s, kept_v = [], [], []
+    for delta in tau(base, finetuned, name):  # 16 x 32: eight directions for each of two tasks
+        u, s, vh = torch.linalg.svd(delta)
+        kept_u, kept_s, kept_v = [*kept_u, *u.T[:8]], [*kept_s, *s[:8]], [*kept_v, *vh[:8]]
+
+    def whitened(directions):  # X (Xᵀ X)^-½, by another way than a singular value decomposition
+        x = torch.stack(directions, 1)
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        return x @ (vectors * values.rsqrt()) @ vectors.T
+
+    left, right = whitened(kept_u), whitened(kept_v)
+    expected = sum(s * torch.outer(left[:, i], right[:, i]) for i, s in enumerate(kept_s))
+    change = merged.get_parameter(name) - base.get_parameter(name)
+    torch.testing.assert_close(change, 0.7 * expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(torch.linalg.svdvals(change), 0.7 * torch.stack(kept_s).sort(descending=True).values)
+
+
+def test_consensus_keeps_what_enough_tasks_have_a_use_for(base):
+    name = "vision_model.encoder.layers.0.mlp.fc1.bias"
+    changes = {  # of use to: both, none of them alone enough; the first alone; both though of opposite signs; nobody
+        "cars": torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        "dtd": torch.tensor([1.0, 0.1, -0.8, 0.0]),
+    }
+    tuned = {}
+    for task, change in changes.items():
+        tuned[task] = copy.deepcopy(base)
+        tuned[task].get_parameter(name).data[:4].add_(change)
+    for tasks, kept in ((1, [1, 1, 1, 0]), (2, [1, 0, 1, 0])):
+        merged = merge_static(base, tuned, "consensus", scaling=0.5, agreement=0.4, tasks=tasks)
+        change = (merged.get_parameter(name) - base.get_parameter(name))[:4]
+        expected = torch.tensor([0.5 * (a + b) * k for a, b, k in zip(*changes.values(), kept, strict=True)])
+        torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="tasks=3 among 2 tasks"):
+        merge_static(base, tuned, "consensus", tasks=3)
+
+
+def test_consensus_is_a_loop_over_weights(base, finetuned):
+    name = "vision_model.encoder.layers.0.mlp.fc2.weight"
+    merged = merge_static(base, finetuned, "consensus", scaling=1.0)
+    one, other = tau(base, finetuned, name).flatten(1)
+    expected = [
+        float(a + b) if abs(a) > 0.4 * abs(b) and abs(b) > 0.4 * abs(a) else 0.0
+        for a, b in zip(one.tolist(), other.tolist(), strict=True)
+    ]
+    change = (merged.get_parameter(name) - base.get_parameter(name)).flatten()
+    torch.testing.assert_close(change, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert 0.1 < (change == 0).float().mean() < 0.9
 
 
 def test_fisher_weighs_by_squared_gradients(base, finetuned, data):

@@ -278,6 +278,7 @@ def test_damaged_files(tmp_path):
         load_selector(tmp_path)
     save_selector(fitted(make("gaussian")), tmp_path)
     described = json.loads((tmp_path / "selector.json").read_text())
+    del described["checksums"]  # as in older releases, whose files say less about what is wrong
 
     def with_changes(**changes):
         (tmp_path / "selector.json").write_text(json.dumps({**described, **changes}))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import randomize, tiny_batch, tiny_clip
+from conftest import randomize, tiny_batch, tiny_clip, without_checksums
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -348,6 +348,7 @@ def one_too_many(tensors):
 )
 def test_damaged_file(tmp_path, change, message):
     trained().save_pretrained(tmp_path)
+    without_checksums(tmp_path)
     damage(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny_clip(), tmp_path)
@@ -365,6 +366,7 @@ def test_file_for_another_base_model(tmp_path):
 
 def test_file_that_says_something_else_than_its_config(tmp_path):
     trained().save_pretrained(tmp_path)
+    without_checksums(tmp_path)
     path = tmp_path / "adapter_config.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({**saved, "num_experts": 5}))

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from wemoe_clip import TASKS, finetune, small_clip, stir_routers
 
+from peft_moe_merge.model_merging.losses import entropy, mutual_information
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned, zero_shot_logits
-from peft_moe_merge.tuners.wemoe.adapt import entropy, entropy_with_prior, mutual_information
+from peft_moe_merge.tuners.wemoe.adapt import distance_from_prior
 
 
 @pytest.fixture
@@ -47,12 +48,12 @@ def test_losses_have_their_closed_forms():
     collapsed = 1e4 * F.one_hot(torch.zeros(6, dtype=torch.long), 4).float()
     log4 = torch.tensor(4.0).log()
     gates = [torch.full((6, 3), 0.5)]
-    torch.testing.assert_close(entropy(uniform, gates, 0.3), log4)
-    torch.testing.assert_close(entropy(collapsed, gates, 0.3), torch.tensor(0.0))
-    torch.testing.assert_close(mutual_information(sure, gates, 0.3), -log4)
-    torch.testing.assert_close(mutual_information(collapsed, gates, 0.3), torch.tensor(0.0))  # collapse gains nothing
-    torch.testing.assert_close(mutual_information(uniform, gates, 0.3), torch.tensor(0.0))
-    torch.testing.assert_close(entropy_with_prior(collapsed, gates, 0.3), torch.tensor(0.04))
+    torch.testing.assert_close(entropy(uniform), log4)
+    torch.testing.assert_close(entropy(collapsed), torch.tensor(0.0))
+    torch.testing.assert_close(mutual_information(sure), -log4)
+    torch.testing.assert_close(mutual_information(collapsed), torch.tensor(0.0))  # collapse gains nothing
+    torch.testing.assert_close(mutual_information(uniform), torch.tensor(0.0))
+    torch.testing.assert_close(distance_from_prior(gates, 0.3), torch.tensor(0.04))
 
 
 @pytest.mark.parametrize("loss", ["entropy", "mutual_information", "entropy_with_prior"])
@@ -144,6 +145,16 @@ def test_resuming_equals_not_stopping(model, heads, tmp_path):
     with pytest.raises(ValueError, match="checkpoint of another run"):
         adapt_routers(resumed, loaders(), steps=12, checkpoint=file, **run)
 
+    content, before = file.read_bytes(), router_state(resumed)
+    start = 8 + int.from_bytes(content[:8], "little")
+    for damaged in (content[:20], content[:-4], content[:start] + b"\xff" * (len(content) - start)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="adaptation.safetensors'.*[dD]elete it to start anew"):
+            adapt_routers(resumed, loaders(), steps=11, checkpoint=file, **run)
+    assert_same_state(router_state(resumed), before)
+    file.unlink()  # what the message says
+    assert len(adapt_routers(resumed, loaders(), steps=11, checkpoint=file, **run)) == 11
+
 
 def test_the_same_seed_gives_the_same_routers_and_another_does_not(model, heads):
     states = []
@@ -202,7 +213,7 @@ def test_bad_input_is_named_before_training(model, heads, change, message):
 
 def test_nothing_to_train_is_said(heads):
     base = small_clip()
-    model = merge_finetuned(base, {"cars": finetune(base, 1)}, WEMoEConfig(router="projection"))
+    model = merge_finetuned(base, {"cars": finetune(base, 1)}, WEMoEConfig(gates="projection"))
     with pytest.raises(ValueError, match="no trainable router"):
         adapt_routers(model, loaders(tasks=("cars",)), heads=heads)
 

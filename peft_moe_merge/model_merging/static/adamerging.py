@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.finetuned import TaskVectors
 from peft_moe_merge.model_merging.logits import task_logits
-from peft_moe_merge.tuners.wemoe.adapt import LOSSES, endless
+from peft_moe_merge.model_merging.losses import LOSSES
+
+from .registry import static_merge
 
 
 class _Logits(nn.Module):
@@ -25,6 +28,7 @@ class _Logits(nn.Module):
         return task_logits(self.model, batch, head_CD)
 
 
+@static_merge("adamerging", "arXiv 2310.02575")
 def adamerging(
     base: nn.Module,
     vectors: TaskVectors,
@@ -51,8 +55,8 @@ def adamerging(
         seed: of the order of images.
         progress: show a progress bar.
     """
-    if loss not in ("entropy", "mutual_information"):
-        raise ValueError(f"there is no loss {loss!r} for AdaMerging; choose 'entropy' or 'mutual_information'.")
+    if loss not in LOSSES:
+        raise ValueError(f"there is no loss {loss!r} for AdaMerging; choose one of {list(LOSSES)}.")
     names = sorted(vectors.changed())
     deltas = {name: vectors.stacked(name) for name in names}
     coefficients_NT = torch.full(
@@ -71,9 +75,9 @@ def adamerging(
     for _ in tqdm(range(steps), desc="AdaMerging", disable=not progress):
         optimizer.zero_grad()
         for task, stream in streams.items():
-            parameters = {f"model.{name}": value for name, value in merged().items()}
+            parameters = {f"model.{name}": value.to(vectors.base[name]) for name, value in merged().items()}
             logits = torch.func.functional_call(model, parameters, (next(stream), heads[task]))
-            LOSSES[loss](logits.float(), [], scaling).backward()
+            LOSSES[loss](logits.float()).backward()
         optimizer.step()
     with torch.no_grad():
         return merged()

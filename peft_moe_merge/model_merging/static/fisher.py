@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_moe_merge.model_merging.finetuned import TaskVectors
-from peft_moe_merge.model_merging.logits import images_of, task_logits
+from peft_moe_merge.model_merging.batches import images_of
+from peft_moe_merge.model_merging.finetuned import TaskVectors, finetuned_model, precise
+from peft_moe_merge.model_merging.logits import task_logits
+
+from .registry import static_merge
 
 
+@static_merge("fisher", "arXiv 2111.09832")
 def fisher(
     base: nn.Module,
     vectors: TaskVectors,
@@ -43,10 +46,10 @@ def fisher(
     for task in vectors.tasks:
         model = finetuned_model(base, vectors, task)
         parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in names}
-        information = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        information = {name: torch.zeros_like(precise(p)) for name, p in parameters.items()}
         used = 0
         for image in _single_images(task, batches[task], images):
-            log_p = task_logits(model, image, heads[task]).log_softmax(-1)[0]
+            log_p = precise(task_logits(model, image, heads[task])).log_softmax(-1)[0]
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).item()
             for name, gradient in zip(
                 parameters,
@@ -54,22 +57,13 @@ def fisher(
                 strict=True,
             ):
                 if gradient is not None:
-                    information[name] += gradient.square()
+                    information[name] += precise(gradient).square()  # float16 has no squares of small numbers
             used += 1
         for name, parameter in parameters.items():
             weight = information[name] / used + floor
-            weighted[name] = weighted[name] + weight * parameter.detach()
+            weighted[name] = weighted[name] + weight * precise(parameter.detach())
             total[name] = total[name] + weight
     return {name: weighted[name] / total[name] for name in names}
-
-
-def finetuned_model(base: nn.Module, vectors: TaskVectors, task: str) -> nn.Module:
-    """Return a copy of the base model with one task's parameters, in eval mode and without gradients."""
-    model = copy.deepcopy(base).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in vectors.finetuned[task]:
-            parameter.copy_(vectors.finetuned[task][name])
-    return model
 
 
 def _single_images(task: str, batches: Iterable[Any], count: int) -> Iterator[torch.Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,21 +11,7 @@ from torch import nn
 
 from peft_moe_merge.model_merging.finetuned import Finetuned, load_task_vectors
 
-from .adamerging import adamerging
-from .arithmetic import average, dare, task_arithmetic, ties
-from .fisher import fisher
-from .regmean import regmean
-
-STATIC_MERGES: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
-    "average": average,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "dare": dare,
-    "fisher": fisher,
-    "regmean": regmean,
-    "adamerging": adamerging,
-}
-"""Each takes the base model, the `TaskVectors` and its options, and returns the merged values of changed parameters."""
+from .registry import STATIC_MERGES
 
 
 def merge_static(
@@ -53,12 +38,13 @@ def merge_static(
     if method not in STATIC_MERGES:
         raise ValueError(f"there is no static merge {method!r}; choose one of {list(STATIC_MERGES)}.")
     merge = STATIC_MERGES[method]
-    known = list(inspect.signature(merge).parameters.values())[2:]
-    unknown = sorted(set(options) - {parameter.name for parameter in known})
-    lacking = [p.name for p in known if p.default is p.empty and p.name not in options]
+    unknown = sorted(options.keys() - merge.options.keys())
+    lacking = [
+        name for name, option in merge.options.items() if option.default is option.empty and name not in options
+    ]
     if unknown or lacking:
         raise ValueError(
-            f"{method!r} has the options {[parameter.name for parameter in known]}"
+            f"{method!r} has the options {list(merge.options)}"
             + (f"; {unknown} are not among them" if unknown else "")
             + (f"; {lacking} must be given" if lacking else "")
             + "."

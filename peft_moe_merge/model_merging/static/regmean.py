@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from peft_moe_merge.model_merging.finetuned import TaskVectors
+from peft_moe_merge.model_merging.finetuned import TaskVectors, finetuned_model
 from peft_moe_merge.model_merging.logits import task_logits
 
-from .arithmetic import average
-from .fisher import finetuned_model
+from .average import average
+from .registry import static_merge
 
 
+@static_merge("regmean", "arXiv 2212.09849")
 def regmean(
     base: nn.Module,
     vectors: TaskVectors,

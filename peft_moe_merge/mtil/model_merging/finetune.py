@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 from transformers import CLIPModel
 
+from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import zero_shot_logits
-from peft_moe_merge.tuners.wemoe.adapt import endless
 
 from .images import TaskImages, batches
 

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.files import whole
-from peft_moe_merge.model_merging.static import merge_static
+from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned
 
 from ..checkpoint import GO_ON
@@ -36,12 +36,12 @@ WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
     "wemoe_prior": ({}, "entropy_with_prior"),
     "e_wemoe_mi": ({"shared_router": True, "sparsity": 0.9}, "mutual_information"),
     "wemoe_rank_32_mi": ({"rank": 32}, "mutual_information"),
-    "smile": ({"router": "projection", "rank": 32, "gate_rank": 16}, None),
+    "smile": ({"gates": "projection", "rank": 32, "gate_rank": 16}, None),
 }
 """Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` is not published:
 mutual information in place of entropy."""
 
-STATIC = ("average", "task_arithmetic", "ties", "dare", "fisher", "regmean", "adamerging", "adamerging_mi")
+STATIC = (*STATIC_MERGES, "adamerging_mi")
 REFERENCES = ("pretrained", "individual", "multitask")
 METHODS = (*REFERENCES, *STATIC, *WEMOE)
 
@@ -199,6 +199,7 @@ def _merged(run: Run, method: str, unlabelled: dict[str, Any]) -> nn.Module:
     options = {
         "task_arithmetic": {"scaling": settings.scaling},
         "dare": {"scaling": settings.scaling, "seed": run.seed},
+        "consensus": {"scaling": settings.scaling},
         "fisher": {"batches": supervised, "heads": run.heads, "seed": run.seed},
         "regmean": {"batches": supervised, "heads": run.heads},
         "adamerging": learning,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from peft_moe_merge.selection.base import Selector
@@ -170,18 +170,6 @@ class MoELoraMergeConfig(AdapterConfig):
     router_widths: list[int] | None = field(default=None, metadata={"help": "Experts that each task's routers know."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter's files."})
     merge_router_columns: InitVar[str | None] = None
-
-    def __new__(cls, *args, **kwargs):
-        # PEFT drops the fields it does not know with a warning. Here one may change what the weights mean (how they
-        # are routed, say), so a file with an unknown field is refused instead of half understood.
-        unknown = sorted(set(kwargs) - {known.name for known in fields(cls)} - {"merge_router_columns"})
-        if unknown:
-            raise TypeError(
-                f"{cls.__name__} has no field {', '.join(map(repr, unknown))}. If this comes from an adapter file, a "
-                "newer release of peft_moe_merge wrote it: `pip install -U peft-moe-merge`. Fields: "
-                f"{', '.join(known.name for known in fields(cls))}."
-            )
-        return super().__new__(cls)
 
     @classmethod
     def pool(cls, **values: Any) -> MoELoraMergeConfig:

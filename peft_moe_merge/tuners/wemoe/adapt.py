@@ -8,68 +8,30 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
-from peft_moe_merge.files import whole
+from peft_moe_merge.files import check_tensors, whole
+from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import task_logits
+from peft_moe_merge.model_merging.losses import LOSSES as LOSSES_OF_LOGITS
 
 from .config import WEMoEConfig
-from .router import Router
+from .context import recorded_gates
+
+LOSSES = (*LOSSES_OF_LOGITS, "entropy_with_prior")
 
 
-def entropy(logits_BC: torch.Tensor, gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
-    """Mean Shannon entropy of the predictions (arXiv 2402.00433, after AdaMerging, arXiv 2310.02575).
-
-    Its minimum is reached as well by answering always the same class: on hard images adaptation can collapse.
-    """
-    return -(logits_BC.softmax(-1) * logits_BC.log_softmax(-1)).sum(-1).mean()
-
-
-def mutual_information(logits_BC: torch.Tensor, gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
-    """Entropy minus the entropy of the mean prediction: sure of each image, and of not always the same class.
-
-    The negative mutual information of images and predictions (Krause et al., NIPS 2010; SHOT, arXiv 2002.08546).
-    """
-    mean_C = logits_BC.softmax(-1).mean(0)
-    return entropy(logits_BC, gates, scaling) + torch.special.xlogy(mean_C, mean_C).sum()
-
-
-def entropy_with_prior(logits_BC: torch.Tensor, gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
-    """Entropy plus the mean squared distance of the gates from task arithmetic's constant `scaling`."""
-    return entropy(logits_BC, gates, scaling) + torch.stack([((gate - scaling) ** 2).mean() for gate in gates]).mean()
-
-
-LOSSES: dict[str, Callable[[torch.Tensor, list[torch.Tensor], float], torch.Tensor]] = {
-    "entropy": entropy,
-    "mutual_information": mutual_information,
-    "entropy_with_prior": entropy_with_prior,
-}
-
-
-@contextmanager
-def recorded_gates(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the gates `[B, T]` of every router call inside the context, in the order of the calls."""
-    gates: list[torch.Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda module, args, output: gates.append(output))
-        for module in model.modules()
-        if isinstance(module, Router)
-    ]
-    try:
-        yield gates
-    finally:
-        for handle in handles:
-            handle.remove()
+def distance_from_prior(gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
+    """Return the mean squared distance of gates from task arithmetic's constant `scaling`, which resists collapse."""
+    return torch.stack([((gate - scaling) ** 2).mean() for gate in gates]).mean()
 
 
 def adapt_routers(
@@ -99,8 +61,9 @@ def adapt_routers(
             for a reproducible run nothing else than torch's generators should be random.
         steps: optimizer steps.
         heads: for each task the normalised text features of its classes, `[C, D]`.
-        loss: `"entropy"` as published, `"mutual_information"` or `"entropy_with_prior"`, which resist collapse; none
-            helps a model whose predictions are mostly wrong.
+        loss: `"entropy"` as published, `"mutual_information"`, or `"entropy_with_prior"`, which adds the mean squared
+            distance of the gates from `scaling`. The latter two resist collapse; none helps a model whose predictions
+            are mostly wrong.
         lr: Adam's learning rate.
         schedule: `"cosine"` to zero over `steps`, or `"constant"`.
         seed: of the order of images.
@@ -122,12 +85,16 @@ def adapt_routers(
     routers = {name: p for name, p in model.named_parameters() if p.requires_grad and ".wemoe_router." in name}
     if not routers:
         raise ValueError(
-            f"the adapter {model.active_adapter!r} has no trainable router: it was built with router='projection', "
+            f"the adapter {model.active_adapter!r} has no trainable router: it was built with gates='projection', "
             "which needs no adaptation, or loaded without `is_trainable=True`."
         )
     settings = {"loss": loss, "lr": lr, "schedule": schedule, "steps": steps, "seed": seed, "tasks": list(unlabelled)}
     optimizer = torch.optim.Adam(routers.values(), lr=lr)
     done = _load_checkpoint(checkpoint, routers, optimizer, settings) if checkpoint is not None else 0
+    optimizer.param_groups[0]["initial_lr"] = lr  # which a schedule that begins in the middle asks for
+    cosine = (
+        get_cosine_schedule_with_warmup(optimizer, 0, steps, last_epoch=done - 1) if schedule == "cosine" else None
+    )
     batches = {
         task: endless(loader, task, seed=seed + 1009 * position, start=done)
         for position, (task, loader) in enumerate(unlabelled.items())
@@ -138,20 +105,23 @@ def adapt_routers(
     history = []
     try:
         for step in tqdm(range(done, steps), initial=done, total=steps, desc="adapting routers", disable=not progress):
-            rate = lr * (0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else 1.0)
-            optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
-            row: dict[str, float] = {"step": step, "lr": rate}
+            row: dict[str, float] = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
             for task, batch in ((task, next(batches[task])) for task in batches):
-                with recorded_gates(model) as gates:
+                with recorded_gates() as gates:
                     logits = task_logits(model, batch, heads[task] if heads is not None else None)
-                    task_loss = LOSSES[loss](logits.float(), gates, config.scaling)
+                task_loss = LOSSES_OF_LOGITS[loss.removesuffix("_with_prior")](logits.float())
+                if loss == "entropy_with_prior":
+                    task_loss = task_loss + distance_from_prior(gates, config.scaling)
+                del gates, logits
                 task_loss.backward()
                 row[f"loss/{task}"] = task_loss.item()
             row["loss"] = sum(value for key, value in row.items() if key.startswith("loss/"))
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(f"the loss at step {step} is {row}; try a smaller `lr` than {lr}.")
             optimizer.step()
+            if cosine is not None:
+                cosine.step()
             history.append(row)
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 _save_checkpoint(checkpoint, routers, optimizer, {**settings, "done": step + 1})
@@ -183,33 +153,6 @@ def _check(
         raise ValueError(f"there is no schedule {schedule!r}; choose 'cosine' or 'constant'.")
 
 
-def endless(loader: Iterable, task: str, seed: int, start: int = 0) -> Iterator[Any]:
-    """Yield batches number `start` and on of a loader that is run through again and again.
-
-    What the loader draws from torch's generators depends on the seed and the number of the batch alone, so that a
-    run that was stopped sees the images that it would have seen.
-    """
-    number = 0
-    while True:
-        if isinstance(loader, DataLoader) and loader.generator is not None:
-            loader.generator.manual_seed(seed + 100_003 * number)
-        iterator, first = None, number
-        while True:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + 100_003 * number)
-                iterator = iter(loader) if iterator is None else iterator
-                batch = next(iterator, None)
-            if batch is None:
-                break
-            if number >= start:
-                yield batch
-            number += 1
-        if number == first:
-            raise ValueError(
-                f"the batches of task {task!r} are used up; give a list or a DataLoader, not an iterator."
-            )
-
-
 def _save_checkpoint(
     path: str | os.PathLike, routers: Mapping[str, torch.Tensor], optimizer: torch.optim.Adam, settings: dict
 ) -> None:
@@ -230,21 +173,31 @@ def _load_checkpoint(
     """Restore routers and optimizer in place, and return the number of steps done (0 without a file)."""
     if not Path(path).exists():
         return 0
-    with safe_open(path, "pt") as file:
-        saved = json.loads(file.metadata()["run"])
-        done = saved.pop("done")
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        expected = {f"parameter/{name}": list(parameter.shape) for name, parameter in routers.items()}
-        if saved != settings or any(shapes.get(name) != shape for name, shape in expected.items()):
-            raise ValueError(
-                f"{path} is the checkpoint of another run ({saved}), this one is {settings}: choose another file, or "
-                "delete it to start anew."
-            )
-        with torch.no_grad():
-            for name, parameter in routers.items():
-                parameter.copy_(file.get_tensor(f"parameter/{name}"))
-                optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{key}/{name}").to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads(file.metadata()["run"])
+            done = saved.pop("done")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error!r}. Delete it to start anew.") from error
+    if saved != settings:
+        raise ValueError(
+            f"{path} is the checkpoint of another run ({saved}), this one is {settings}: choose another file, or "
+            "delete it to start anew."
+        )
+    expected = {}
+    for name, parameter in routers.items():
+        moments = dict.fromkeys((f"parameter/{name}", f"exp_avg/{name}", f"exp_avg_sq/{name}"), parameter)
+        expected |= {**moments, f"step/{name}": torch.zeros(())}
+    try:
+        check_tensors(tensors, expected, "the adapter's routers")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error} Choose another file, or delete it to start anew.") from error
+    with torch.no_grad():
+        for name, parameter in routers.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     return done

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from .task_vectors import densify
 
-# How many entries of merged weights exist at a time. On a CPU a tile should stay in the cache between being merged
-# and being multiplied; elsewhere it should be large enough to fill the device and small enough for its memory.
-TILE_ENTRIES = {"cpu": 2**21}
-TILE_ENTRIES_ELSEWHERE = 2**27
+# For how many images weights are merged at a time, and how many entries of them. On a CPU a tile should stay in the cache
+# between being merged and being multiplied; elsewhere it should fill the device and leave room in its memory.
+TILES = {"cpu": (8, 2**21)}
+TILES_ELSEWHERE = (2**16, 2**27)
 
 
 def output_space_is_cheaper(num_tokens: int, num_tasks: int) -> bool:
@@ -101,9 +101,11 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSI, gates_BT, weight_OI, bias_BO, deltas, index_TK):
         ctx.save_for_backward(x_BSI, gates_BT, weight_OI, deltas, index_TK)
-        tiles = merged_tiles(gates_BT, weight_OI, deltas, index_TK)
-        outputs = [torch.baddbmm(bias_BO[:, None, rows], x_BSI, merged.mT) for rows, merged, _ in tiles]
-        return torch.cat(outputs, dim=-1)
+        bias_B1O = bias_BO.expand(len(x_BSI), -1)[:, None]
+        y_BSO = x_BSI.new_empty(*x_BSI.shape[:2], len(weight_OI))
+        for images, rows, merged, _ in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
+            multiply(y_BSO[images, :, rows], bias_B1O[images, :, rows], x_BSI[images], merged.mT, beta=1)
+        return y_BSO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -112,23 +114,60 @@ class MergedLinear(torch.autograd.Function):
         grad_x = torch.zeros_like(x_BSI) if ctx.needs_input_grad[0] else None
         grad_gates = torch.zeros_like(gates_BT) if ctx.needs_input_grad[1] else None
         grad_bias = grad_BSO.sum(1) if ctx.needs_input_grad[3] else None
-        for rows, merged, tile_TN in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
+        for images, rows, merged, tile_TN in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
             if grad_x is not None:
-                grad_x.baddbmm_(grad_BSO[..., rows], merged)
-            if grad_gates is not None:
-                grad_weight = torch.bmm(grad_BSO[..., rows].mT, x_BSI)
-                grad_gates.addmm_(grad_weight.flatten(1), tile_TN.T)
+                multiply(grad_x[images], grad_x[images], grad_BSO[images, :, rows], merged, beta=1)
+            if grad_gates is not None:  # the merged weights have served, and their memory can take their gradients
+                multiply(merged, merged, grad_BSO[images, :, rows].mT, x_BSI[images], beta=0)
+                grad_gates[images].addmm_(merged.flatten(1), tile_TN.T)
         return grad_x, grad_gates, None, grad_bias, None, None
 
 
+def multiply(out, added, left, right, beta):
+    """Set `out = beta * added + left @ right`, for each image."""
+    if out.is_cpu:  # here one product at a time is faster than a batched one
+        for parts in zip(out, added, left, right, strict=True):
+            torch.addmm(*parts[1:], beta=beta, out=parts[0])
+    else:
+        out.copy_(torch.baddbmm(added, left, right, beta=beta))
+
+
 def merged_tiles(gates_BT, weight_OI, deltas, index_TK):
-    """Yield output rows, their merged weights `[B, rows, I]`, and their task vectors `[T, rows * I]`."""
+    """Yield images, output rows, their merged weights `[B, rows, I]`, and their task vectors `[T, rows * I]`.
+
+    The merged weights are in memory that the next ones take: fresh memory for each would cost as much as merging.
+    """
     outputs, inputs = weight_OI.shape
-    deltas_TN = (deltas if index_TK is None else densify(deltas, index_TK, weight_OI.shape)).flatten(1)
-    entries = TILE_ENTRIES.get(weight_OI.device.type, TILE_ENTRIES_ELSEWHERE)
-    step = max(1, min(outputs, entries // (len(gates_BT) * inputs)))
-    for start in range(0, outputs, step):
-        rows = slice(start, min(start + step, outputs))
-        tile_TN = deltas_TN[:, rows.start * inputs : rows.stop * inputs]
-        merged_BN = torch.addmm(weight_OI[rows].reshape(1, -1), gates_BT, tile_TN)
-        yield rows, merged_BN.unflatten(1, (-1, inputs)), tile_TN
+    size, entries = TILES.get(weight_OI.device.type, TILES_ELSEWHERE)
+    size = min(size, len(gates_BT))
+    step = max(1, min(outputs, entries // (size * inputs)))
+    memory = weight_OI.new_empty(size * step * inputs)
+    groups = [slice(start, min(start + size, len(gates_BT))) for start in range(0, len(gates_BT), size)]
+    for rows, tile_TN in task_vector_tiles(deltas, index_TK, weight_OI.shape, step):
+        base_N = weight_OI[rows].reshape(1, -1)
+        for images in groups:
+            gates_GT = gates_BT[images]
+            merged_GN = memory[: len(gates_GT) * base_N.shape[1]].view(len(gates_GT), -1)
+            torch.addmm(base_N, gates_GT, tile_TN, out=merged_GN)
+            yield images, rows, merged_GN.unflatten(1, (-1, inputs)), tile_TN
+
+
+def task_vector_tiles(deltas, index_TK, shape, step):
+    """Yield some output rows at a time and the task vectors there, `[T, rows * I]`; sparse ones made dense for the moment."""
+    outputs, inputs = shape
+    tiles = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+    if index_TK is None or deltas.device.type != "cpu" or torch.compiler.is_compiling():
+        deltas_TN = (deltas if index_TK is None else densify(deltas, index_TK, shape)).flatten(1)
+        for rows in tiles:
+            yield rows, deltas_TN[:, rows.start * inputs : rows.stop * inputs]
+        return
+    # A tile that is filled in the cache costs less than to read a dense one, or to write one of all rows, to memory.
+    starts = torch.tensor([rows.start * inputs for rows in tiles] + [outputs * inputs], dtype=index_TK.dtype)
+    cuts = torch.searchsorted(index_TK, starts.expand(len(index_TK), -1).contiguous()).tolist()
+    memory = deltas.new_empty(len(deltas) * step * inputs)
+    for number, rows in enumerate(tiles):
+        tile_TN = memory[: len(deltas) * (rows.stop - rows.start) * inputs].view(len(deltas), -1).zero_()
+        for tile_N, values_K, index_K, cut in zip(tile_TN, deltas, index_TK, cuts, strict=True):
+            part = slice(cut[number], cut[number + 1])
+            tile_N.index_copy_(0, index_K[part].long() - rows.start * inputs, values_K[part])
+        yield rows, tile_TN

@@ -5,6 +5,9 @@ Shapes: B images, S tokens, T tasks, I inputs, O outputs, R rank, K kept entries
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import WEMoEConfig
+from .context import CALL
 from .ensembling import ensembled_linear, low_rank_linear, output_space_linear
 from .router import Router, projection_gates
 from .task_vectors import kept_entries, sparsify, truncate
@@ -33,6 +37,11 @@ class WEMoELayer(BaseTunerLayer):
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the layer's adapters."""
+        return set(self._get_available_adapters())
+
     def active(self, adapters: nn.Module | dict) -> str | None:
         """Return the active adapter's name if it is among `adapters` and not disabled."""
         if self.disable_adapters:
@@ -47,60 +56,53 @@ class WEMoEBlock(nn.Module, WEMoELayer):
     """
 
     adapter_layer_names = ("wemoe_router",)
-    other_param_names = ("shared_routers",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         WEMoELayer.__init__(self, base_layer)
-        self.wemoe_router = nn.ModuleDict()
-        self.shared_routers: dict[str, Router] = {}  # a plain dictionary: the block that owns them saves them
+        self.wemoe_router = nn.ModuleDict()  # a router that is shared stands in every block
         linears = [(path, module) for path, module in base_layer.named_modules() if isinstance(module, nn.Linear)]
-        self.linears = {path: WEMoELinear(linear) for path, linear in linears}
-        for path, linear in self.linears.items():
-            base_layer.set_submodule(path, linear)
+        for path, linear in linears:
+            base_layer.set_submodule(path, WEMoELinear(linear))
+
+    @property
+    def linears(self) -> dict[str, WEMoELinear]:
+        """The block's linear layers by their path in it."""
+        return {path: m for path, m in self.base_layer.named_modules() if isinstance(m, WEMoELinear)}
 
     def update_layer(self, adapter_name: str, config: WEMoEConfig, shared_router: Router | None = None) -> None:
-        """Add an adapter: zero task vectors, and a new router unless another block shares its own."""
-        first = next(iter(self.linears.values())).base_layer
-        if shared_router is None:
-            self.wemoe_router[adapter_name] = Router(
-                first.in_features,
-                len(config.tasks),
-                config.router_depth,
-                config.scaling,
-                device=first.weight.device,
-                dtype=torch.promote_types(first.weight.dtype, torch.float32),
-            )
-        else:
-            self.shared_routers[adapter_name] = shared_router
-        for linear in self.linears.values():
+        """Add an adapter: zero task vectors, and a new router unless there is a shared one."""
+        linears = self.linears.values()
+        first = next(iter(linears)).base_layer
+        self.wemoe_router[adapter_name] = shared_router or Router(
+            first.in_features,
+            len(config.tasks),
+            config.router_depth,
+            config.scaling,
+            device=first.weight.device,
+            dtype=torch.promote_types(first.weight.dtype, torch.float32),
+        )
+        for linear in linears:
             linear.update_layer(adapter_name, config)
         self.set_adapter(self.active_adapters)
 
-    def router(self, adapter_name: str) -> Router:
-        """Return the adapter's router, this block's own or the shared one."""
-        if adapter_name in self.wemoe_router:
-            return self.wemoe_router[adapter_name]
-        return self.shared_routers[adapter_name]
-
     def forward(self, x_BSH: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter = self.active((*self.wemoe_router, *self.shared_routers))
+        adapter = self.active(self.wemoe_router)
         if adapter is None:
             return self.base_layer(x_BSH, *args, **kwargs)
         if x_BSH.ndim != 3:
             raise ValueError(
                 f"a WEMoE block takes [images, tokens, width], got a tensor of shape {tuple(x_BSH.shape)}"
             )
-        gates_BT = self.router(adapter)(x_BSH)
+        gates_BT = self.wemoe_router[adapter](x_BSH)
+        if CALL.recorded is not None:
+            CALL.recorded.append(gates_BT)
         # The block's own forward calls the linear layers, whatever it does in between, so gates reach them this way.
-        # They are there only during the call: a recomputation in the backward pass comes through here again.
-        for linear in self.linears.values():
-            linear.gates_BT = gates_BT
+        before, CALL.gates_BT = CALL.gates_BT, gates_BT
         try:
             return self.base_layer(x_BSH, *args, **kwargs)
         finally:
-            for linear in self.linears.values():
-                linear.gates_BT = None
+            CALL.gates_BT = before
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         """Return the block as it was before (merging has been refused by the model already)."""
@@ -137,7 +139,6 @@ class WEMoELinear(nn.Module, WEMoELayer):
         self.wemoe_gate = BufferDict(persistent=True)  # [T, R, I] what projection gates look at beside whole deltas
         self.top_k: dict[str, int] = {}  # adapters with projection gates
         self.gate_rank: dict[str, int] = {}
-        self.gates_BT: torch.Tensor | None = None
 
     def update_layer(self, adapter_name: str, config: WEMoEConfig) -> None:
         """Add an adapter whose task vectors are zero."""
@@ -158,7 +159,7 @@ class WEMoELinear(nn.Module, WEMoELayer):
         else:
             self.wemoe_delta[adapter_name] = zeros(outputs, inputs)
         self.wemoe_bias[adapter_name] = zeros(outputs)  # stays zero for a layer without bias
-        if config.router == "projection":
+        if config.gates == "projection":
             self.top_k[adapter_name] = min(config.top_k, num_tasks)
             self.gate_rank[adapter_name] = config.gate_rank
             if config.rank is None:
@@ -176,7 +177,7 @@ class WEMoELinear(nn.Module, WEMoELayer):
             stored["wemoe_delta"], stored["wemoe_index"] = sparsify(deltas_TOI, config.sparsity)
         else:
             stored["wemoe_delta"] = deltas_TOI
-            if config.router == "projection":
+            if config.gates == "projection":
                 stored["wemoe_gate"], _ = truncate(deltas_TOI, config.gate_rank)
         for name, tensor in stored.items():
             if tensor is not None:
@@ -185,7 +186,8 @@ class WEMoELinear(nn.Module, WEMoELayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         base = self.get_base_layer()
         adapter = self.active((*self.wemoe_delta, *self.wemoe_down))
-        if adapter is None or (adapter not in self.top_k and self.gates_BT is None):
+        gates_BT = CALL.gates_BT
+        if adapter is None or (adapter not in self.top_k and gates_BT is None):
             return base(x)
 
         if adapter in self.top_k:
@@ -193,7 +195,7 @@ class WEMoELinear(nn.Module, WEMoELayer):
             directions_TRI = directions[adapter][:, : self.gate_rank[adapter]]
             gates = projection_gates(x, directions_TRI, self.top_k[adapter])  # [..., T]
         else:
-            gates = self.gates_BT[:, None]  # [B, 1, T], or [1, 1, T]
+            gates = gates_BT[:, None]  # [B, 1, T], or [1, 1, T]
 
         bias_TO = self.wemoe_bias[adapter]
         if adapter in self.wemoe_down:
@@ -205,7 +207,7 @@ class WEMoELinear(nn.Module, WEMoELayer):
             y = output_space_linear(x, gates, base.weight, self.wemoe_delta[adapter])
             return y + bias.to(y.dtype)
         index_TK = dict(self.wemoe_index.items()).get(adapter)
-        return ensembled_linear(x, self.gates_BT, base.weight, bias[:, 0], self.wemoe_delta[adapter], index_TK)
+        return ensembled_linear(x, gates_BT, base.weight, bias[:, 0], self.wemoe_delta[adapter], index_TK)
 
 
 class WEMoEStatic(nn.Module, WEMoELayer):
@@ -234,6 +236,28 @@ class WEMoEStatic(nn.Module, WEMoELayer):
         adapter = self.active(self.wemoe_static)
         if adapter is None:
             return self.base_layer(*args, **kwargs)
-        shifts = self.wemoe_static[adapter]
-        shifted = {path: value + shifts[path.replace(".", "/")] for path, value in self.base_layer.named_parameters()}
-        return torch.func.functional_call(self.base_layer, shifted, args, kwargs)
+        # The names are those of the shifts: a replica of a module (DataParallel) lists no parameters.
+        shifted = {
+            name.replace("/", "."): attrgetter(name.replace("/", "."))(self.base_layer) + shift
+            for name, shift in self.wemoe_static[adapter].items()
+        }
+        if torch.compiler.is_compiling() or any("forward" in module.__dict__ for module in self.base_layer.modules()):
+            return torch.func.functional_call(self.base_layer, shifted, args, kwargs)
+        # In place of `functional_call`, which exchanges the parameters of a module that other threads run as well.
+        return with_parameters(self.base_layer, shifted)(*args, **kwargs)
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a copy of a module that has the given parameters, by name, and shares everything else with it."""
+    new = copy.copy(module)
+    new._parameters, new._modules = dict(module._parameters), dict(module._modules)
+    inside: dict[str, dict[str, torch.Tensor]] = {}
+    for path, value in parameters.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inside.setdefault(name, {})[rest] = value
+        else:
+            (new._parameters if name in new._parameters else new.__dict__)[name] = value
+    for name, own in inside.items():
+        new._modules[name] = with_parameters(module._modules[name], own)
+    return new

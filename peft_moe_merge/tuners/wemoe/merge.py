@@ -38,7 +38,7 @@ def merge_finetuned(
         adapter_name: the name of the adapter in the returned model.
 
     Returns:
-        A `PeftModel` of which the routers are trainable (with `router="projection"`, nothing is).
+        A `PeftModel` of which the routers are trainable (with `gates="projection"`, nothing is).
 
     Raises:
         ValueError: no fine-tuned model, a name twice, tensors that do not match `base` (each is named), float16 mixed
@@ -55,7 +55,7 @@ def merge_finetuned(
     config.tasks = list(vectors.tasks)
     config.inference_mode = False
     if config.target_modules is None:
-        config.target_modules = default_targets(config.router, getattr(base, "config", None))
+        config.target_modules = default_targets(config.gates, getattr(base, "config", None))
     targets = {name for name, _ in base.named_modules() if check_target_module_exists(config, name)}
     if not targets:
         raise ValueError(
@@ -63,7 +63,7 @@ def merge_finetuned(
             f"such as {[name for name, _ in base.named_modules()][-3:]}."
         )
     # SMILE leaves everything outside of its linear layers as pretrained.
-    config.static_modules = [] if config.router == "projection" else _static_modules(vectors.changed(), targets)
+    config.static_modules = [] if config.gates == "projection" else _static_modules(vectors.changed(), targets)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     _fill(model, vectors, config, adapter_name)
     return model
