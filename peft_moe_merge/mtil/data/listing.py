@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, NamedSplit
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, NamedSplit
 from PIL import Image as PILImage
 from tqdm import tqdm
 
 from .defects import defect, listed
+from .rgb import RGBImage
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Listing:
         return [file for files in self.images.values() for file in files]
 
     def dataset(self, name: str, split: str) -> Dataset:
-        """Rows with `image`, which stays where it is until a row is read, and `label`, the class's position."""
-        features = Features({"image": Image(), "label": ClassLabel(names=list(self.images))})
+        """Rows with `image` (RGB), which stays where it is until a row is read, and `label`, the class's position."""
+        features = Features({"image": RGBImage(), "label": ClassLabel(names=list(self.images))})
         labels = [label for label, files in enumerate(self.images.values()) for _ in files]
         columns = {"image": [str(file.absolute()) for file in self.files], "label": labels}
         info = DatasetInfo(dataset_name=name, features=features)

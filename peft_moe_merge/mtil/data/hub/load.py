@@ -35,6 +35,7 @@ from torch.utils.data import random_split
 from tqdm import tqdm
 
 from ..defects import defect, listed, refuse_null_images
+from ..rgb import RGBImage
 from ..task import Task, labels_of
 from ..templates import templates_for
 from .table import HUB_SETS, REFERENCE, REFERENCE_SET, HubSet, class_names
@@ -91,7 +92,7 @@ def load_reference_images(
     splits = load_splits(REFERENCE, entry, data_dir=data_dir, force_download=force_download)
     check_images(REFERENCE, entry.image, splits, few=True)
     images = splits[entry.train].select_columns(entry.image).rename_columns({entry.image: "image"})
-    images = images.cast_column("image", Image())
+    images = images.cast_column("image", RGBImage())
     if not allow_size_mismatch:
         _check_sizes((len(images), 0), splits, REFERENCE, entry, _place(entry, REFERENCE, data_dir))
     return images
@@ -153,7 +154,7 @@ def check_images(name: str, column: str, splits: dict[str, Dataset], *, few: boo
     defects = []
     for split, dataset in splits.items():
         raw = dataset.select_columns(column).cast_column(column, Image(decode=False))
-        rows = sorted({0, len(raw) // 2, len(raw) - 1}) if few else range(len(raw))
+        rows = sorted({0, len(raw) // 2, len(raw) - 1} & {*range(len(raw))}) if few else range(len(raw))
         with (
             ThreadPoolExecutor() as pool,
             tqdm(total=len(rows), desc=f"{name} {split}", leave=False, disable=few) as bar,
@@ -241,7 +242,7 @@ def _with_class_labels(name: str, entry: HubSet, split: str, dataset: Dataset) -
     classes = ClassLabel(names=list(class_names(name)))
     # the labels stand beside the images, which stay where they are on disk
     dataset = dataset.select_columns(entry.image).rename_columns({entry.image: "image"})
-    dataset = dataset.cast_column("image", Image()).add_column("label", labels, feature=classes)
+    dataset = dataset.cast_column("image", RGBImage()).add_column("label", labels, feature=classes)
     kept = np.flatnonzero(labels >= 0)
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
