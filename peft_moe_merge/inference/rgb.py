@@ -24,18 +24,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image: of any mode. Mode I must hold 16 bits, of which some are used; mode F numbers from 0 to 1.
 
     Raises:
-        ValueError: an image of mode I or F whose range is not known; with its file, if it has one.
+        ValueError: an image of mode I or F whose range is not known.
     """
     image.load()
     # before it is turned, since only the image as read knows it
     top = 2**12 - 1 if _bits_per_sample(image) == 12 else _SIXTEEN_BITS
-    file = getattr(image, "filename", "")
     if image.getexif().get(Tag.Orientation) is not None:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "F"):
-        _check_range(image, f"{str(file)!r}: " if file else "")
+        _check_range(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8)).convert("RGB")
@@ -48,7 +47,7 @@ def load_rgb(source: Image.Image | str | Path) -> Image.Image:
     """Read an image from a file, an `http(s)` or a `data:` address, if it is not one yet, and convert it by `to_rgb`.
 
     Raises:
-        ValueError: no such file, or see `to_rgb`.
+        ValueError: no such file, or see `to_rgb`; with the file.
         OSError: a file is no image, or an address can't be reached.
     """
     if isinstance(source, Image.Image):
@@ -59,8 +58,12 @@ def load_rgb(source: Image.Image | str | Path) -> Image.Image:
             return to_rgb(Image.open(BytesIO(answer.read())))
     if not Path(source).is_file():
         raise ValueError(f"No image file {str(source)!r}. Give a PIL image, a path, or an http(s) or data: address.")
-    with Image.open(source) as image:
-        return to_rgb(image)
+    try:
+        # by its content: Pillow maps some files into memory by name, and then mixes up the pixels of turned TIFFs
+        with open(source, "rb") as content, Image.open(content) as image:
+            return to_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"{str(source)!r}: {error}") from error
 
 
 def _bits_per_sample(image: Image.Image) -> int | None:
@@ -69,17 +72,17 @@ def _bits_per_sample(image: Image.Image) -> int | None:
     return tags.get(Tag.BitsPerSample, (None,))[0] if tags else None
 
 
-def _check_range(image: Image.Image, file: str) -> None:
+def _check_range(image: Image.Image) -> None:
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" and not (low >= 0 and high <= 1):  # not a number is neither
         raise ValueError(
-            f"{file}An image of mode F (floating point) must have values from 0 to 1, found {low:g} to {high:g}. "
+            f"An image of mode F (floating point) must have values from 0 to 1, found {low:g} to {high:g}. "
             "Divide by its range, or save it with 8 or 16 bits."
         )
     # 16 bits as PGM, and as PNG in older releases of Pillow; nothing tells 8 bits stored wide from a nearly black image
     if image.mode == "I" and not (low >= 0 and (high == 0 or 255 < high <= _SIXTEEN_BITS)):
         raise ValueError(
-            f"{file}An image of mode I (32-bit integers) is taken for one of 16 bits, and must have its largest value "
+            f"An image of mode I (32-bit integers) is taken for one of 16 bits, and must have its largest value "
             f"between 256 and {_SIXTEEN_BITS}, and none below 0; found {low} to {high}. Save it with 8 or 16 bits."
         )

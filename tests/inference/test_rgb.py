@@ -186,6 +186,14 @@ def test_exif_orientation(kind, pixels):
     assert np.array_equal(np.asarray(to_rgb(turned)), expected), "once is enough"
 
 
+def test_a_turned_tiff_by_its_path(tmp_path):
+    """Which Pillow maps into memory with the wrong width."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(SIXTEEN).save(tmp_path / "turned.tif", exif=exif)
+    assert np.array_equal(np.asarray(load_rgb(tmp_path / "turned.tif")), np.rot90(SIXTEEN_COLOURS, k=-1))
+
+
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

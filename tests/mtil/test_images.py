@@ -149,6 +149,7 @@ def test_accents_stored_apart_are_the_same_class(root):
 def test_what_is_skipped_is_told(root):
     birds = root / "birds"
     (root / "README.md").write_text("what this is")
+    write(birds / "val" / "crow" / "0.png", 0)
     (birds / "train" / "list.csv").write_text("in no class folder")
     write(birds / "train" / "crow" / ".0.png", 0)
     (birds / "train" / "crow" / "notes.txt").write_text("no image")
@@ -157,9 +158,10 @@ def test_what_is_skipped_is_told(root):
     write(birds / "test" / ".thumbnails" / "0.png", 0)
     with pytest.warns(UserWarning) as told:
         (task,) = load_folders(root, progress=False)
-    assert len(told) == 1 and f"Skipped in '{root}', 7 in all" in str(told[0].message)
+    assert len(told) == 1 and f"Skipped in '{root}', 8 in all" in str(told[0].message)
     for line in (
         "README.md: no task",
+        "birds/val: neither train nor test",
         "train/list.csv: not in a class folder",
         "train/crow/.0.png: hidden",
         "train/crow/notes.txt: no image by its suffix '.txt'",
@@ -344,6 +346,15 @@ def test_16_bits_in_batches(twins):
         batches = [*training, *eval_batches(task.test, PROCESSOR, batch_size=4)]
         drawn.append(torch.cat([batch["pixel_values"] for batch in batches]))
     assert torch.equal(*drawn) and drawn[0].std() > 0.1
+
+
+def test_turned_tiffs(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.array([[0, 1, 127], [128, 200, 255]], np.uint8)
+    Image.fromarray(pixels).save(root / "birds" / "train" / "owl" / "9.tif", exif=exif)
+    image = load(root).train[-1]["image"]
+    assert np.array_equal(np.asarray(image)[..., 0], np.rot90(pixels, k=-1))
 
 
 def test_16_bits_in_the_comparison_of_merges_and_in_replay(twins):

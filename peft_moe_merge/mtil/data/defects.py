@@ -18,7 +18,7 @@ _ROWS = 1000  # looked at together, whatever size the images have
 def defect(file: str | Path | BinaryIO) -> Exception | None:
     """Decode an image and make it RGB, and return what is wrong with it, if anything."""
     try:
-        with PILImage.open(file) as image:
+        with open(file, "rb") if isinstance(file, (str, Path)) else file as content, PILImage.open(content) as image:
             to_rgb(image)
     except Exception as error:  # Pillow's readers raise whatever they meet
         return error

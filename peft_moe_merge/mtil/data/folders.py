@@ -47,6 +47,12 @@ def load_folders(root: str | Path, tasks: Sequence[str] | None = None, *, progre
         _check_classes(name, splits)
     listings = [listing for splits in stream.values() for listing in splits.values()]
     skipped = [f"{path}: no task" for path in entries if tasks is None and path.name not in found]
+    skipped += [
+        f"{path}: neither {' nor '.join(SPLITS)}"
+        for name in stream
+        for path in sorted((root / name).iterdir())
+        if path.name not in SPLITS
+    ]
     warn_of_skipped(root, skipped + [path for listing in listings for path in listing.skipped])
     check_files([file for listing in listings for file in listing.files], progress=progress)
     return [

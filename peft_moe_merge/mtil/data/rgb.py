@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from datasets import Image
@@ -16,4 +18,6 @@ class RGBImage(Image):
     def decode_example(
         self, value: str | dict | PILImage.Image, token_per_repo_id: dict[str, Any] | None = None
     ) -> PILImage.Image:
+        if isinstance(value, dict) and value["bytes"] is None and os.path.isfile(value["path"] or ""):
+            value = {**value, "bytes": Path(value["path"]).read_bytes()}  # for the same reason as `load_rgb`
         return to_rgb(super().decode_example(value, token_per_repo_id))
