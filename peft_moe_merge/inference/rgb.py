@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         _check_range(image)
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(np.rint(np.asarray(image) * 255).astype(np.uint8)).convert("RGB")
@@ -47,23 +47,31 @@ def load_rgb(source: Image.Image | str | Path) -> Image.Image:
     """Read an image from a file, an `http(s)` or a `data:` address, if it is not one yet, and convert it by `to_rgb`.
 
     Raises:
-        ValueError: no such file, or see `to_rgb`; with the file.
-        OSError: a file is no image, or an address can't be reached.
+        ValueError: no such file, an image that is too large for Pillow, or see `to_rgb`; with the file or address.
+        OSError: a file is no image, or an address can't be reached; with it.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:image/")):
-        # some servers refuse Python's own name
-        with urlopen(Request(source, headers={"User-Agent": "peft-moe-merge"}), timeout=60) as answer:
-            return to_rgb(Image.open(BytesIO(answer.read())))
-    if not Path(source).is_file():
+    if not _is_address(source) and not Path(source).is_file():
         raise ValueError(f"No image file {str(source)!r}. Give a PIL image, a path, or an http(s) or data: address.")
     try:
-        # by its content: Pillow maps some files into memory by name, and then mixes up the pixels of turned TIFFs
-        with open(source, "rb") as content, Image.open(content) as image:
-            return to_rgb(image)
-    except ValueError as error:
-        raise ValueError(f"{str(source)!r}: {error}") from error
+        # from memory: Pillow maps some files by their names, and then mixes up the pixels of turned TIFFs
+        return to_rgb(Image.open(BytesIO(_content(source))))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{str(source)[:200]!r}: {error}") from error
+
+
+def _is_address(source: str | Path) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://", "data:image/"))
+
+
+def _content(source: str | Path) -> bytes:
+    if not _is_address(source):
+        return Path(source).read_bytes()
+    # some servers refuse Python's own name
+    with urlopen(Request(source, headers={"User-Agent": "peft-moe-merge"}), timeout=60) as answer:
+        return answer.read()
 
 
 def _bits_per_sample(image: Image.Image) -> int | None:

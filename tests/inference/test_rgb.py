@@ -208,7 +208,7 @@ def test_the_image_given_stays_as_it_is():
     assert image.mode == "I;16" and np.array_equal(np.asarray(image), SIXTEEN)
 
 
-def test_files_and_addresses(tmp_path):
+def test_files_and_addresses(tmp_path, monkeypatch):
     path = tmp_path / "möwe 16.png"
     Image.fromarray(SIXTEEN).save(path)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
@@ -218,7 +218,7 @@ def test_files_and_addresses(tmp_path):
         data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         for source in (path, str(path), address, data, Image.open(path)):
             assert np.array_equal(np.asarray(load_rgb(source)), SIXTEEN_COLOURS)
-        with pytest.raises(OSError, match="404"):
+        with pytest.raises(OSError, match=r"nothing\.png': .*404"):
             load_rgb(f"http://127.0.0.1:{server.server_port}/nothing.png")
         server.shutdown()
     with pytest.raises(ValueError, match=r"No image file 'nothing.png'\. Give a PIL image, a path"):
@@ -226,3 +226,6 @@ def test_files_and_addresses(tmp_path):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(OSError, match="text.png"):
         load_rgb(tmp_path / "text.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)  # of six
+    with pytest.raises(ValueError, match="16.png': .*decompression bomb"):
+        load_rgb(path)
