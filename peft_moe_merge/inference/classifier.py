@@ -18,11 +18,12 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
-from transformers.image_utils import load_image
 
 from peft_moe_merge.files import whole
 from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
+
+from .rgb import load_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +129,7 @@ class ContinualClassifier:
         """Classify.
 
         Args:
-            images: one or several, as PIL images, paths or URLs.
+            images: one or several, as PIL images of any mode, paths or URLs.
             task: name or id of the images' task, one for all or one per image; -1 for CLIP without experts. None lets
                 the selector that is attached to the model choose for each image.
 
@@ -136,8 +137,9 @@ class ContinualClassifier:
             A prediction, or as many as there are images.
 
         Raises:
-            ValueError: an unknown task; fewer or more tasks than images; no task and no selector; no such file.
-            OSError: a file is no image.
+            ValueError: an unknown task; fewer or more tasks than images; no task and no selector; no such file; an image
+                whose range of values is not known, see `to_rgb`.
+            OSError: a file is no image, or a URL can't be reached.
         """
         single = isinstance(images, (str, Path)) or not isinstance(images, Sequence)
         images = [images] if single else list(images)
@@ -145,7 +147,7 @@ class ContinualClassifier:
         predictions = []
         for start in range(0, len(images), self.batch_size):
             stop = start + self.batch_size
-            batch = [load_image(str(image) if isinstance(image, Path) else image) for image in images[start:stop]]
+            batch = [load_rgb(image) for image in images[start:stop]]
             predictions += self._predict(batch, None if given is None else given[start:stop])
         return predictions[0] if single else predictions
 

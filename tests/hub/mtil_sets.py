@@ -27,7 +27,12 @@ SPLITS = {
     "sun397": ("train", "validation", "test"),
 }
 EXTRA = {"cifar100": {"coarse_label": Value("int64")}, "oxford_pet": {"image_id": Value("string")}}
-MODES = {"mnist": ("L",), "caltech101": ("RGB", "L", "P"), "food101": ("RGB", "CMYK"), "flowers": ("RGB", "RGBA")}
+MODES = {
+    "mnist": ("L", "I;16"),
+    "caltech101": ("RGB", "L", "P", "I;16"),
+    "food101": ("RGB", "CMYK"),
+    "flowers": ("RGB", "RGBA"),
+}
 
 
 def names_in_the_copy(task: str) -> dict[str, int]:
@@ -50,6 +55,8 @@ def picture(number: int, mode: str = "RGB", size: int = 8) -> bytes:
     """Paint an image in the grey that stands for a class: n of up to 500 is n // 2, the upper half lighter if odd."""
     pixels = np.full((size, size), 2 + number // 2, np.uint8)
     pixels[: size // 2] += 40 * (number % 2)
+    if mode == "I;16":
+        pixels = pixels.astype(np.uint16) * 257
     image = PILImage.fromarray(pixels)
     buffer = io.BytesIO()
     (image.convert("RGB") if mode == "CMYK" else image).convert(mode).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
@@ -58,7 +65,7 @@ def picture(number: int, mode: str = "RGB", size: int = 8) -> bytes:
 
 def class_in(image: PILImage.Image) -> int:
     """Read the class off an image that `picture` painted."""
-    grey = np.asarray(image.convert("RGB")).mean(axis=2)
+    grey = np.asarray(image) / 257 if image.mode == "I;16" else np.asarray(image.convert("RGB")).mean(axis=2)
     below, above = grey[-1].mean(), grey[0].mean()
     return 2 * round(below - 2) + int(above - below > 20)
 

@@ -1,5 +1,7 @@
 """Image folders, digits and batches."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,6 @@ def root(tmp_path):
             write(tmp_path / "traffic" / split / "fire_engine" / f"{index}.jpg", 10)
             write(tmp_path / "signs" / split / "stop" / f"{index}.png", 200, mode="L")
             write(tmp_path / "signs" / split / "give_way" / f"{index}.gif", 100, mode="P")
-    (tmp_path / "notes.txt").write_text("not a task")
     return tmp_path
 
 
@@ -64,8 +65,7 @@ def empty(root):
 
 def one_class(root):
     for split in ("train", "test"):
-        for path in (root / "signs" / split / "stop").iterdir():
-            path.unlink()
+        shutil.rmtree(root / "signs" / split / "stop")
 
 
 def other_classes(root):

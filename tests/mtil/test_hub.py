@@ -230,6 +230,13 @@ def corrupt_image(folder):
     save(folder, "mnist", {"train": digits(), "test": Dataset.from_dict(broken, features=digits().features)})
 
 
+def null_image(folder):
+    """Not one of the three rows that are decoded."""
+    broken = digits().to_dict()
+    broken["image"][6] = None
+    save(folder, "mnist", {"train": digits(), "test": Dataset.from_dict(broken, features=digits().features)})
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -245,6 +252,7 @@ def corrupt_image(folder):
         (no_label, ValueError, "'mnist', split 'train', row 1: label -1 is none of 10 classes"),
         (foreign_names, ValueError, r"(?s)10 of 10 classes have no label.*  0 +\| a\n"),
         (cut_short, ValueError, "'mnist': '.*mnist' can't be read.*--force_download"),
+        (null_image, ValueError, "'mnist', split 'test': no image in 1 of 10 rows: 6"),
         (corrupt_image, ValueError, r"(?s)'mnist' has 1 images that can't be read.*mnist, split 'test', row 5: "),
     ],
 )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
+from PIL.Image import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BaseImageProcessor
+
+from peft_moe_merge.inference.rgb import to_rgb
 
 Batch = dict[str, torch.Tensor]
 """`pixel_values` B x 3 x H x W and `labels` B."""
@@ -28,7 +32,7 @@ def train_batches(
     """Draw exactly `steps` batches: every image once in random order, then again in another, and so on.
 
     Args:
-        dataset: rows with `image` and `label`.
+        dataset: rows with `image`, of any mode that `to_rgb` takes, and `label`.
         processor: the CLIP's image processor, for size, mean and standard deviation.
         steps: batches to draw.
         batch_size: images per batch.
@@ -42,7 +46,6 @@ def train_batches(
     size = processor.crop_size or processor.size
     augment = v2.Compose(
         [
-            v2.RGB(),
             v2.RandomResizedCrop(
                 (size["height"], size["width"]), scale=(crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC
             ),
@@ -52,7 +55,7 @@ def train_batches(
         ]
     )
     return DataLoader(
-        _Rows(dataset, lambda images: torch.stack([augment(image) for image in images])),
+        _Rows(dataset, partial(_augmented, augment)),
         batch_size=batch_size,
         sampler=order[: steps * batch_size].tolist(),
         num_workers=num_workers,
@@ -64,14 +67,31 @@ def eval_batches(
     dataset: Dataset, processor: BaseImageProcessor, *, batch_size: int, num_workers: int = 0
 ) -> DataLoader:
     """Go through all images once, in order, through the processor itself."""
-    rows = _Rows(dataset, lambda images: processor(images, return_tensors="pt")["pixel_values"])
+    rows = _Rows(dataset, partial(_processed, processor))
     return DataLoader(rows, batch_size=batch_size, num_workers=num_workers)
+
+
+def _rgb(image: Image | None) -> Image:
+    if image is None:
+        raise ValueError("there is no image")
+    return to_rgb(image)
+
+
+# by name, not as lambdas: where processes are spawned, what they are given is pickled
+
+
+def _augmented(augment: v2.Transform, images: list[Image]) -> torch.Tensor:
+    return torch.stack([augment(image) for image in images])
+
+
+def _processed(processor: BaseImageProcessor, images: list[Image]) -> torch.Tensor:
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
 class _Rows(torch.utils.data.Dataset):
     """Rows as a model takes them. One that can't be read is named."""
 
-    def __init__(self, dataset: Dataset, pixels: Callable[[list[Any]], torch.Tensor]):
+    def __init__(self, dataset: Dataset, pixels: Callable[[list[Image]], torch.Tensor]):
         self.dataset, self.pixels = dataset, pixels
 
     def __len__(self) -> int:
@@ -83,15 +103,16 @@ class _Rows(torch.utils.data.Dataset):
     def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
         try:
             found = self.dataset[rows]
+            images = [_rgb(image) for image in found["image"]]
         except Exception as error:  # Pillow's readers raise whatever they meet
             raise self._named(rows) or error from error
-        pixels = self.pixels([image.convert("RGB") for image in found["image"]])
+        pixels = self.pixels(images)
         return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, found["label"], strict=True)]
 
     def _named(self, rows: list[int]) -> ValueError | None:
         for row in rows:
             try:
-                self.dataset[row]
+                _rgb(self.dataset[row]["image"])
             except Exception as error:
                 source = f"{self.dataset.info.dataset_name or 'the data set'!s}, split {str(self.dataset.split)!r}"
                 return ValueError(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from datasets import Dataset, Image, load_dataset
-from PIL import Image as PILImage
-from tqdm import tqdm
-
-from .defects import defect, listed
+from .listing import Listing, check_files, list_images, warn_of_skipped
 from .task import Task
 from .templates import templates_for
 
 SPLITS = ("train", "test")
-IMAGE_SUFFIXES = frozenset(PILImage.registered_extensions())
 
 
 def load_folders(root: str | Path, tasks: Sequence[str] | None = None, *, progress: bool = True) -> list[Task]:
     """Load the tasks below a folder, after checking that every image can be read.
+
+    Classes have the names of their folders in both splits, and labels by the order of these names. What is taken for an
+    image, and for a class, is told by `list_images`; the rest is skipped, with a warning that lists it.
 
     Args:
         root: the folder of the stream, with one folder per task. Underscores in class folders stand for spaces.
@@ -27,73 +25,66 @@ def load_folders(root: str | Path, tasks: Sequence[str] | None = None, *, progre
         progress: show a bar while the images are checked.
 
     Raises:
-        FileNotFoundError: no such folder or task, or a folder without images.
-        ValueError: a task with one class, different classes in train and test, or images that can't be read.
+        FileNotFoundError: no such folder or task, a folder without images, or a class without them.
+        ValueError: a task with one class, different classes in train and test, two that read alike, links that lead
+            nowhere, or images that can't be read or have no defined colours.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"No folder {str(root)!r}. Expected <root>/<task>/<train|test>/<class>/<images>.")
-    found = sorted(path.name for path in root.iterdir() if (path / "train").is_dir())
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    found = [path.name for path in entries if any((path / split).is_dir() for split in SPLITS)]
     if not found:
         raise FileNotFoundError(
             f"{str(root)!r} holds no task. Expected <root>/<task>/<train|test>/<class>/<images>; found "
-            f"{sorted(path.name for path in root.iterdir())[:10]}."
+            f"{[path.name for path in entries][:10]}."
         )
     unknown = [task for task in tasks or () if task not in found]
     if unknown:
         raise FileNotFoundError(f"No task {', '.join(map(repr, unknown))} in {str(root)!r}. Tasks there: {found}.")
-    names = list(tasks or found)
-    files = {name: {split: _image_files(root / name / split) for split in SPLITS} for name in names}
-    _check_classes(files)
-    _check_images([path for splits in files.values() for paths in splits.values() for path in paths], progress)
-    return [_load_task(root / name) for name in names]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"No images in {str(folder)!r}. Expected {folder!s}/<class>/<images>.")
-    return files
-
-
-def _check_classes(files: dict[str, dict[str, list[Path]]]) -> None:
-    for name, splits in files.items():
-        train, test = ({path.parent.name for path in splits[split]} for split in SPLITS)
-        if train != test:
-            raise ValueError(
-                f"Task {name!r} has different classes to train and to test on. Only in train: "
-                f"{sorted(train - test)}; only in test: {sorted(test - train)}."
-            )
-        if len(train) < 2:
-            raise ValueError(
-                f"Task {name!r} has one class, {train.pop()!r}: there is nothing to tell apart. Give it at least two."
-            )
-
-
-def _check_images(paths: list[Path], progress: bool) -> None:
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(
-            pool.map(defect, paths), total=len(paths), desc="checking images", leave=False, disable=not progress
+    stream = {name: {split: list_images(root / name / split) for split in SPLITS} for name in tasks or found}
+    for name, splits in stream.items():
+        _check_classes(name, splits)
+    listings = [listing for splits in stream.values() for listing in splits.values()]
+    skipped = [f"{path}: no task" for path in entries if tasks is None and path.name not in found]
+    skipped += [
+        f"{path}: neither {' nor '.join(SPLITS)}"
+        for name in stream
+        for path in sorted((root / name).iterdir())
+        if path.name not in SPLITS
+    ]
+    warn_of_skipped(root, skipped + [path for listing in listings for path in listing.skipped])
+    check_files([file for listing in listings for file in listing.files], progress=progress)
+    return [
+        Task(
+            name=name,
+            class_names=tuple(map(_plain_words, splits["train"].images)),
+            templates=templates_for(name),
+            **{split: listing.dataset(name, split) for split, listing in splits.items()},
         )
-        defects = [f"{path}: {error}" for path, error in zip(paths, bar, strict=True) if error]
-    if defects:
+        for name, splits in stream.items()
+    ]
+
+
+def _plain_words(name: str) -> str:
+    return name.replace("_", " ").strip() or name
+
+
+def _check_classes(name: str, splits: dict[str, Listing]) -> None:
+    train, test = (set(splits[split].images) for split in SPLITS)
+    if train != test:
         raise ValueError(
-            f"{len(defects)} of {len(paths)} images can't be read; replace or remove them:\n  {listed(defects)}"
+            f"Task {name!r} has different classes to train and to test on. Only in train: "
+            f"{sorted(train - test)}; only in test: {sorted(test - train)}."
         )
-
-
-def _load_task(folder: Path) -> Task:
-    def load(split: str) -> Dataset:
-        # by pattern, not by `data_dir`: there, a class called "train" (CIFAR-100 has one) is taken for a split
-        files = {"train": str(folder / split / "*" / "*")}
-        dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-        return dataset.cast_column("image", Image(mode="RGB"))
-
-    train, test = load("train"), load("test")
-    return Task(
-        name=folder.name,
-        class_names=tuple(name.replace("_", " ") for name in train.features["label"].names),
-        templates=templates_for(folder.name),
-        train=train,
-        test=test,
-    )
+    if len(train) < 2:
+        raise ValueError(
+            f"Task {name!r} has one class, {train.pop()!r}: there is nothing to tell apart. Give it at least two."
+        )
+    words = Counter(map(_plain_words, train))
+    alike = sorted(folder for folder in train if words[_plain_words(folder)] > 1)
+    if alike:
+        raise ValueError(
+            f"Task {name!r} has class folders that read alike, since underscores stand for spaces: {alike}. Rename "
+            "them, or make one of them."
+        )

@@ -6,11 +6,12 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, Features, Image, load_dataset
+from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from .hub.load import load_reference_images
 from .hub.table import REFERENCE, class_names
+from .listing import check_files, list_images, warn_of_skipped
 from .mini.drawings import draw_images, pair_table
 
 _DRAWINGS, _SEED = 4, 1  # drawings per concept and style; the small CLIP was pretrained with those of seed 0
@@ -21,7 +22,7 @@ class Reference:
     """Images, and sentences that need not describe them.
 
     Attributes:
-        images: rows with `image` (PIL).
+        images: rows with `image` (PIL, of any mode).
         sentences: what may be said of images.
     """
 
@@ -39,7 +40,8 @@ def load_reference(source: str) -> Reference:
             Hub. Any other is a folder `<source>/<class>/<images>`. Their class names become the sentences.
 
     Raises:
-        FileNotFoundError: no such folder, or one without images.
+        FileNotFoundError: no such folder, one without images, or a class without them.
+        ValueError: images that can't be read; see `list_images` and `check_files`.
         OSError, ValueError: the Hub's set can't be had; see `load_hub_task`.
     """
     if source == REFERENCE:
@@ -50,13 +52,13 @@ def load_reference(source: str) -> Reference:
         images = Dataset.from_dict({"image": drawings}, features=Features({"image": Image()}))
         return Reference(images, sorted({caption for pair in pairs for caption in pair.captions}))
     folder = Path(source)
-    if not any(path.is_file() for path in folder.glob("*/*")):
+    if not folder.is_dir():
         raise FileNotFoundError(
             f"No reference images in {source!r}. Expected {source}/<class>/<images>, 'mini' for drawings, or "
             f"{REFERENCE!r} for that set from the Hub."
         )
-    images = load_dataset(
-        "imagefolder", data_files={"train": str(folder / "*" / "*")}, split="train", drop_labels=False
-    )
-    names = images.features["label"].names
-    return Reference(images, [f"a photo of a {name.replace('_', ' ')}." for name in names])
+    listing = list_images(folder)
+    warn_of_skipped(folder, listing.skipped)
+    check_files(listing.files)
+    sentences = [f"a photo of a {name.replace('_', ' ').strip() or name}." for name in listing.images]
+    return Reference(listing.dataset(folder.name, "reference"), sentences)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from .defects import refuse_null_images
+
 
 @dataclass(frozen=True)
 class Task:
@@ -16,7 +18,7 @@ class Task:
         name: by which the model's routers and all tables know it.
         class_names: in plain words, in the order of the labels.
         templates: prompt forms with one `{}` for the class name; training uses the first, evaluation averages all.
-        train: rows with `image` (PIL) and `label` (int).
+        train: rows with `image` (PIL, of any mode) and `label` (int).
         test: the same.
         lr: peak learning rate where the user gives none.
     """
@@ -37,6 +39,7 @@ class Task:
         for split, dataset in (("train", self.train), ("test", self.test)):
             if not len(dataset):
                 raise ValueError(f"Task {self.name!r} has no {split} images.")
+            refuse_null_images(self.name, split, dataset)
             labels = set(np.unique(labels_of(dataset)).tolist())
             if not labels <= set(range(len(self.class_names))):
                 raise ValueError(

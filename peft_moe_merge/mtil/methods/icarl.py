@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peft_moe_merge.inference.rgb import to_rgb
+
 from ..data.batches import Batch, eval_batches
 from ..data.task import Task, labels_of
 from .distillation import distillation_loss
@@ -106,7 +108,7 @@ class ICaRL(WholeClip):
         for label in range(len(self.task_prompts)):
             members = (labels_N == label).nonzero()[:, 0]
             rows += members[herd(features_NP[members], count)].tolist()
-        images = [image.convert("RGB") for image in self.task.train[rows]["image"]]
+        images = [to_rgb(image) for image in self.task.train[rows]["image"]]
         pixels = processor(images, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
         self.pixels_N3HW = torch.cat([self.pixels_N3HW[kept], pixels.to(torch.uint8)])
         self.classes_N = torch.cat([self.classes_N[kept], labels_N[rows] + first])

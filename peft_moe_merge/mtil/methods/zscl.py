@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_moe_merge.inference.rgb import to_rgb
+
 from ..data.batches import Batch
 from ..data.reference import load_reference
 from ..data.task import Task
@@ -50,7 +52,7 @@ class ZSCL(WholeClip):
         """Cross-entropy on the task plus distillation both ways on the reference, of one pass through the model."""
         pixels, labels = batch["pixel_values"], batch["labels"]
         images = self.reference.images[self._draw(len(self.reference.images))]["image"]
-        rows = self.processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
+        rows = self.processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         reference_R3HW = rows["pixel_values"].to(pixels)
         sentences = [self.reference.sentences[row] for row in self._draw(len(self.reference.sentences))]
         tokens = {name: ids.to(pixels.device) for name, ids in self.tokenize(self.task_prompts + sentences).items()}

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPModel, CLIPProcessor
 
+from peft_moe_merge.inference.rgb import to_rgb
+
 from ..data.task import Task
 
 
@@ -48,7 +50,7 @@ def load_images(task: Task, clip: CLIPModel, processor: CLIPProcessor, seed: int
         head_CD += F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1).cpu()
 
     def preprocess(rows) -> TensorDataset:
-        images = [image.convert("RGB") for image in rows["image"]]
+        images = [to_rgb(image) for image in rows["image"]]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return TensorDataset(pixels, torch.tensor(rows["label"]))
 

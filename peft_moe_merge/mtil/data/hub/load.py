@@ -34,7 +34,8 @@ from huggingface_hub.errors import (
 from torch.utils.data import random_split
 from tqdm import tqdm
 
-from ..defects import defect, listed
+from ..defects import defect, listed, refuse_null_images
+from ..rgb import RGBImage
 from ..task import Task, labels_of
 from ..templates import templates_for
 from .table import HUB_SETS, REFERENCE, REFERENCE_SET, HubSet, class_names
@@ -63,8 +64,8 @@ def load_hub_task(
         PermissionError: the repository wants its conditions accepted first, or another user.
         OSError: no space left on the disk.
         FileNotFoundError: no such repository, revision or folder.
-        ValueError: files that can't be read, missing splits or columns, labels that fit no class, images that can't be
-            read (a few are tried), other numbers of images.
+        ValueError: files that can't be read, missing splits or columns, labels that fit no class, rows without an image,
+            images that can't be read (a few are tried), other numbers of images.
     """
     entry = HUB_SETS[name]
     splits = load_splits(name, entry, data_dir=data_dir, force_download=force_download)
@@ -90,7 +91,8 @@ def load_reference_images(
     entry = REFERENCE_SET
     splits = load_splits(REFERENCE, entry, data_dir=data_dir, force_download=force_download)
     check_images(REFERENCE, entry.image, splits, few=True)
-    images = splits[entry.train].select_columns(entry.image).cast_column(entry.image, Image(mode="RGB"))
+    images = splits[entry.train].select_columns(entry.image).rename_columns({entry.image: "image"})
+    images = images.cast_column("image", RGBImage())
     if not allow_size_mismatch:
         _check_sizes((len(images), 0), splits, REFERENCE, entry, _place(entry, REFERENCE, data_dir))
     return images
@@ -142,15 +144,17 @@ def open_copy(
 
 
 def check_images(name: str, column: str, splits: dict[str, Dataset], *, few: bool = False) -> None:
-    """Decode images, with a bar; or only the first, middle and last of each split.
+    """See that every row has an image, and decode them, with a bar; or only the first, middle and last of each split.
 
     Raises:
-        ValueError: some can't be read; with the data set, split and row of each.
+        ValueError: some are missing or can't be read; with the data set, split and row of each.
     """
+    for split, dataset in splits.items():
+        refuse_null_images(name, split, dataset, column)
     defects = []
     for split, dataset in splits.items():
         raw = dataset.select_columns(column).cast_column(column, Image(decode=False))
-        rows = sorted({0, len(raw) // 2, len(raw) - 1}) if few else range(len(raw))
+        rows = sorted({0, len(raw) // 2, len(raw) - 1} & {*range(len(raw))}) if few else range(len(raw))
         with (
             ThreadPoolExecutor() as pool,
             tqdm(total=len(rows), desc=f"{name} {split}", leave=False, disable=few) as bar,
@@ -238,7 +242,7 @@ def _with_class_labels(name: str, entry: HubSet, split: str, dataset: Dataset) -
     classes = ClassLabel(names=list(class_names(name)))
     # the labels stand beside the images, which stay where they are on disk
     dataset = dataset.select_columns(entry.image).rename_columns({entry.image: "image"})
-    dataset = dataset.cast_column("image", Image(mode="RGB")).add_column("label", labels, feature=classes)
+    dataset = dataset.cast_column("image", RGBImage()).add_column("label", labels, feature=classes)
     kept = np.flatnonzero(labels >= 0)
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
