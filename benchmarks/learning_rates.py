@@ -20,9 +20,9 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.report.statistics import estimate
-from peft_moe_merge.mtil.report.tables import spread
 from peft_moe_merge.mtil.stream import StreamSettings, accuracy, train_task
+from peft_moe_merge.report.statistics import estimate
+from peft_moe_merge.report.tables import spread
 
 GRID = {
     "moe_adapters": [5e-3, 1e-2, 2e-2, 4e-2],
@@ -46,7 +46,7 @@ def main() -> None:
         parts = task.train.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
         held_out.append(replace(task, train=parts["train"], test=parts["test"]))
 
-    table = Table(title=f"{options.steps} steps: held-out accuracy in %, mean ± deviation over seeds")
+    table = Table(title=f"{options.steps} steps: held-out accuracy in %, mean over seeds, ± Student's 95 % interval")
     for column in ("method", "learning rate", *options.tasks, "mean"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, rates in GRID.items():

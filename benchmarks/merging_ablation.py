@@ -18,10 +18,10 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.report.statistics import estimate, over_seeds, paired_difference
-from peft_moe_merge.mtil.report.tables import difference, spread
 from peft_moe_merge.mtil.results import add_run, empty_results, run_result, write_results
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+from peft_moe_merge.report.statistics import RULE, estimate, over_seeds, paired_differences
+from peft_moe_merge.report.tables import difference, spread
 
 EXPERTS, CYCLE = 20, 20
 STREAM = StreamSettings(steps=60, batch_size=32, lr=[2e-2])
@@ -60,8 +60,8 @@ def print_study(results: dict[str, Any]) -> None:
     """Print a row per variant: accuracies, and paired differences to the same mixture without merging."""
     table = Table(
         title="Merging, one thing varied at a time",
-        caption="Percent; mean ± standard deviation over seeds. Δ: paired difference to no merging with the same number of "
-        "experts, with its 95 % bootstrap interval. Merged: share of selections that went to merged experts.",
+        caption=f"Percent, means over seeds. {RULE} Δ: paired difference to no merging with the same number of experts. "
+        "Merged: share of selections that went to merged experts.",
     )
     columns = ("experts", "variant", "seeds", "Average", "Δ Average", "Last", "Δ Last", "forgetting", "merged")
     for column in columns:
@@ -72,7 +72,7 @@ def print_study(results: dict[str, Any]) -> None:
         for metric in ("average", "last"):
             baseline = results["methods"].get(f"{experts}: {WITHOUT}", [])
             row.append(spread(over_seeds(runs, metric), 2))
-            row.append("" if variant == WITHOUT else difference(paired_difference(runs, baseline, metric)))
+            row.append("" if variant == WITHOUT else difference(estimate(paired_differences(runs, baseline, metric))))
         row += [spread(over_seeds(runs, "forgetting"), 2), spread(estimate([merged_share(run) for run in runs]))]
         table.add_row(*row, end_section=variant == list(VARIANTS[int(experts)])[-1])
     Console(width=160).print(table)

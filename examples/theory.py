@@ -8,6 +8,8 @@ takes about a minute on two cores and needs no network.
 import argparse
 from pathlib import Path
 
+from peft_moe_merge.report.statistics import RULE
+from peft_moe_merge.report.tables import print_table, terminal
 from peft_moe_merge.theory.page import final_table, write_study
 from peft_moe_merge.theory.simulate import Setting
 from peft_moe_merge.theory.study import ENSEMBLE, run_study
@@ -38,8 +40,7 @@ def main() -> None:
     claims = write_study(study, args.out)
 
     print()
-    for row in final_table(study):
-        print(f"{row[0]:<8}{row[1]:<20}" + "".join(f"{cell:>18}" for cell in row[2:]))
+    print_table(terminal(), final_table(study), "Forgetting and error", RULE)
     for claim in claims:
         print(f"\n{claim.name}: {claim.verdict}. {claim.statement}")
         for criterion in claim.criteria:

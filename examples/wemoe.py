@@ -18,7 +18,7 @@ from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS
-from peft_moe_merge.mtil.model_merging.report import print_report, save_picture
+from peft_moe_merge.mtil.model_merging.report import print_report, write_report
 from peft_moe_merge.mtil.model_merging.study import METHODS, StudySettings, run_study
 from peft_moe_merge.mtil.results import empty_results, write_results
 from peft_moe_merge.mtil.settings import setting
@@ -40,7 +40,7 @@ class RunSettings:
         "methods to run on corrupted images",
     )
     seeds: list[int] = setting([0], "one run each")
-    output_dir: str = setting("runs/wemoe", "where models, results and the picture go")
+    output_dir: str = setting("runs/wemoe", "where models, results and the report go")
     mixed_precision: str = setting("no", "no, bf16 or fp16, for fine-tuning")
     cpu: bool = setting(False, "do not use a GPU")
 
@@ -93,8 +93,8 @@ def main() -> None:
     ]
     write_results(output_dir / "results.json", results)
     print_report(results)
-    print(f"picture: {save_picture(results, output_dir / 'average.png')}")
     print(f"results: {output_dir / 'results.json'}")
+    print(f"report:  {write_report(results, output_dir)[-1]}, its picture beside it")
 
 
 if __name__ == "__main__":

@@ -15,17 +15,10 @@ from .checkpoint import GO_ON, Progress
 from .metrics.mtil import stream_metrics
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
-KEYS = ("suite", "tasks", "settings", "versions", "methods")
+KEYS = ("suite", "tasks", "methods")
 METRICS = ("transfer", "average", "last", "forgetting")
-RUN_KEYS = (
-    "seed",
-    "matrix",
-    *METRICS,
-    *(f"{metric}_per_task" for metric in METRICS),
-    "seconds",
-    "trainable_parameters",
-    "stored_bytes",
-)
+RUN_KEYS = ("seed", "matrix")
+"""What a run can't be read without. Metrics follow from the matrix; a report leaves out what else is not there."""
 
 
 def run_result(seed: int, progress: Progress) -> dict[str, Any]:
@@ -107,7 +100,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read `results.json`.
 
     Raises:
-        ValueError: the file is not JSON, or lacks keys that a report needs.
+        ValueError: the file is not JSON, or lacks `KEYS` or, in a run, `RUN_KEYS`.
     """
     try:
         results = without_nan(json.loads(path.read_text()))
@@ -122,6 +115,9 @@ def read_results(path: Path) -> dict[str, Any]:
             f"{str(path)!r} lacks {', '.join(lacking)}. Give the results.json of a run; `--resume` on its output folder "
             "writes it anew."
         )
+    results = {**results, "settings": results.get("settings") or {}, "versions": results.get("versions") or {}}
+    for runs in results["methods"].values():
+        runs[:] = [without_nan(stream_metrics(run["matrix"])) | run for run in runs]
     return results
 
 

@@ -1,7 +1,7 @@
 """When should a router stop learning? Mixture-of-experts theory of continual learning, simulated and in closed form.
 
 `simulate` runs the model, `closed_forms` predicts it, `specialisation` measures what the gate made of its experts, `study`
-lists the runs that the theory's claims need, `claims` judges them, and `figures` and `page` show them.
+lists the runs that the theory's claims need, `claims` checks them, and `figures` and `page` show them.
 """
 
 from .closed_forms import (

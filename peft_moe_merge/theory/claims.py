@@ -1,7 +1,7 @@
-"""Does the theory hold here? Each claim is judged from the runs of a study, with the numbers that decide.
+"""Does the theory hold here? Each claim gets its verdict from the runs of a study, with the numbers that decide.
 
-Comparisons are paired over seeds and hold when the whole 95 % interval says so, not the mean alone; thresholds are
-compared with the mean.
+Comparisons are paired over seeds and hold when all of the 95 % interval says so (see `peft_moe_merge.report.statistics`), not
+the mean alone; thresholds are compared with the mean.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,10 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
+
+from peft_moe_merge.report.statistics import Estimate, estimate
+from peft_moe_merge.report.tables import spread
 
 from .closed_forms import mean_task_gap, mean_task_power, single_expert_error, single_expert_forgetting
 from .specialisation import MEASURES, gate_gap
@@ -50,28 +52,9 @@ class Claim:
         return "holds" if all(held) else "holds in part" if any(held) else "does not hold"
 
 
-def interval(values_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over seeds and half-width of its 95 % confidence interval (Student's t).
-
-    Args:
-        values_S: one value a seed, `[S, ...]`; seeds with nan, where a quantity is undefined, are left out.
-
-    Returns:
-        Mean and half-width, `[...]`; nan where fewer than two seeds are left.
-    """
-    known = ~values_S.isnan()
-    count = known.sum(0)
-    mean = values_S.nanmean(0)
-    variance = torch.where(known, (values_S - mean).square(), 0).sum(0) / (count - 1)
-    quantile = torch.as_tensor(stdtrit((count - 1).clamp_min(1).numpy(), 0.975))
-    half = quantile * (variance / count).sqrt()
-    return torch.where(count > 1, mean, torch.nan), torch.where(count > 1, half, torch.nan)
-
-
 def show(values_S: Tensor, digits: int = 2) -> str:
-    """Mean ± half-width of the 95 % interval, as text."""
-    mean, half = interval(values_S)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    """Mean and half of its 95 % interval, as text."""
+    return spread(_estimate(values_S), digits)
 
 
 def rounds_to_converge(error_ST: Tensor, level: Tensor) -> Tensor:
@@ -89,8 +72,8 @@ def rounds_to_converge(error_ST: Tensor, level: Tensor) -> Tensor:
     return (above_ST * torch.arange(1, T + 1)).amax(1).double() + 1
 
 
-def judge(study: Study) -> list[Claim]:
-    """Judge the closed forms and claims C1 to C4.
+def check_claims(study: Study) -> list[Claim]:
+    """Check the closed forms and claims C1 to C4.
 
     Args:
         study: the runs.
@@ -109,14 +92,14 @@ def judge(study: Study) -> list[Claim]:
 
 def _below(asked: str, left_S: Tensor, right_S: Tensor) -> Criterion:
     """Is left below right? Paired over seeds."""
-    mean, half = interval(left_S - right_S)
-    measured = f"{show(left_S)} against {show(right_S)}; difference {mean:+.2f} ± {half:.2f}"
-    return Criterion(asked, measured, bool(mean + half < 0))
+    difference = _estimate(left_S - right_S)
+    measured = f"{show(left_S)} against {show(right_S)}; difference {_signed(difference)}"
+    return Criterion(asked, measured, _negative(difference))
 
 
 def _at_least(asked: str, values_S: Tensor, threshold: float) -> Criterion:
-    mean, _ = interval(values_S)
-    return Criterion(f"{asked} at least {threshold}", show(values_S), bool(mean >= threshold))
+    mean = _estimate(values_S).mean
+    return Criterion(f"{asked} at least {threshold}", show(values_S), mean is not None and mean >= threshold)
 
 
 def _closed_forms(study: Study) -> Claim:
@@ -170,7 +153,7 @@ def _never_stopping_unlearns(study: Study) -> Claim:
             Criterion(
                 f"{m} experts: gate gap shrinks from round {stop + 1} to the last",
                 f"{show(gap_ST[:, stop], 4)} to {show(gap_ST[:, -1], 4)}",
-                bool(sum(interval(gap_ST[:, -1] - gap_ST[:, stop])) < 0),
+                _negative(_estimate(gap_ST[:, -1] - gap_ST[:, stop])),
             )
         )
     return Claim(
@@ -182,11 +165,10 @@ def _share_kept(m: int, name: str, study: Study, final: Callable) -> Criterion:
     single_S, stopped_S, endless_S = final(study.single), final(study.stopped[m]), final(study.endless[m])
     # A ratio of means: single seeds may gain nothing, and dividing by that would say nothing.
     kept = ((single_S - endless_S).mean() / (single_S - stopped_S).mean()).item()
-    gained, half = interval(single_S - stopped_S)
     return Criterion(
         f"{m} experts: of the gain in final {name}, at most {LOST_SHARE:.0%} without stopping",
         f"{kept:.0%} ({show(endless_S)} without, {show(stopped_S)} with stopping, {show(single_S)} one expert)",
-        bool(gained - half > 0 and kept <= LOST_SHARE),
+        _negative(_estimate(stopped_S - single_S)) and kept <= LOST_SHARE,
     )
 
 
@@ -212,21 +194,21 @@ def _more_experts_later(study: Study) -> Claim:
             _below(f"{few} experts err less than {many} at round {early}", few_ST[:, early - 1], many_ST[:, early - 1])
         )
         few_S, many_S = rounds_to_converge(few_ST, level), rounds_to_converge(many_ST, level)
-        mean, half = interval(many_S - few_S)
+        later = _estimate(many_S - few_S)
         criteria.append(
             Criterion(
                 f"{many} experts converge later than {few} (error below {level:.2f} for good)",
-                f"round {show(many_S, 0)} against {show(few_S, 0)}; difference {mean:+.0f} ± {half:.0f}; not yet at the end "
+                f"round {show(many_S, 0)} against {show(few_S, 0)}; difference {_signed(later, 0)}; not yet at the end "
                 f"(counted as the round after it): {_late(many_S, many_ST)} against {_late(few_S, few_ST)} of {len(few_S)} seeds",
-                bool(mean - half > 0),
+                _negative(_estimate(few_S - many_S)),
             )
         )
-        mean, half = interval(many_ST[:, -1] - few_ST[:, -1])
+        gain = _estimate(many_ST[:, -1] - few_ST[:, -1])
         criteria.append(
             Criterion(
                 f"{many} experts do not end better than {few}",
-                f"error {show(many_ST[:, -1])} against {show(few_ST[:, -1])}; difference {mean:+.2f} ± {half:.2f}",
-                bool(mean + half >= 0),
+                f"error {show(many_ST[:, -1])} against {show(few_ST[:, -1])}; difference {_signed(gain)}",
+                not _negative(gain),
             )
         )
     return Claim("C4", "More experts converge later and do not end better.", tuple(criteria))
@@ -234,3 +216,17 @@ def _more_experts_later(study: Study) -> Claim:
 
 def _late(rounds_S: Tensor, error_ST: Tensor) -> int:
     return int((rounds_S > error_ST.shape[1]).sum())
+
+
+def _estimate(values_S: Tensor) -> Estimate:
+    return estimate(values_S.tolist())
+
+
+def _negative(known: Estimate) -> bool:
+    """Does all of the interval lie below 0?"""
+    return known.high is not None and known.high < 0
+
+
+def _signed(known: Estimate, digits: int = 2) -> str:
+    text = spread(known, digits)
+    return text if known.mean is None or text.startswith("-") else f"+{text}"

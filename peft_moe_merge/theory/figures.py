@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .claims import interval
+from peft_moe_merge.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, STYLE, line
+from peft_moe_merge.report.statistics import interval
+
 from .closed_forms import (
     expected_curves,
     mean_task_gap,
@@ -20,10 +23,11 @@ from .simulate import Run
 from .specialisation import MEASURES, gate_gap, loads
 from .study import EXPERTS, Study
 
-SINGLE, STOPPED, ENDLESS, ORACLE = "#444444", "#0072b2", "#d55e00", "#009e73"
-SIZE_COLOURS = dict(zip(EXPERTS, ("#0072b2", "#cc79a7", "#e69f00"), strict=True))
+SINGLE, STOPPED, ENDLESS, ORACLE = GREY, BLUE, RED, GREEN
+SIZE_COLOURS = dict(zip(EXPERTS, (BLUE, PINK, ORANGE), strict=True))
 
 
+@matplotlib.rc_context(STYLE)
 def draw_all(study: Study) -> dict[str, tuple[Figure, str]]:
     """All figures of a study.
 
@@ -69,7 +73,7 @@ def draw_all(study: Study) -> dict[str, tuple[Figure, str]]:
         ),
         "specialisation": (
             specialisation(study),
-            "Rounds after the stop: purity of experts, share heard in the cluster's own set, evenness inside a set. The endless "
+            "Rounds after the stop: purity of experts, share heard in the set of their cluster, evenness inside a set. The endless "
             "gate is measured over the same rounds.",
         ),
         "flag_rules": (
@@ -246,10 +250,7 @@ def _rounds(run: Run) -> range:
 
 
 def _line(ax: Axes, values_ST: Tensor, colour: str, label: str) -> None:
-    mean, half = interval(values_ST)
-    t = range(1, len(mean) + 1)
-    ax.plot(t, mean, color=colour, label=label)
-    ax.fill_between(t, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+    line(ax, range(1, values_ST.shape[1] + 1), values_ST, label, color=colour)
 
 
 def _points(ax: Axes, runs: Mapping, measure: Callable[[Run], Tensor], colour: str, label: str, style: str) -> None:

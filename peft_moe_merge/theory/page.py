@@ -1,34 +1,27 @@
 """What a study leaves on disk: a picture for each figure, the numbers as JSON, and one page that needs nothing else."""
 
-import base64
-import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 
 import torch
 
-from peft_moe_merge.files import whole
+from peft_moe_merge.report.page import Picture, Section, TextTable, page, picture, write_file, write_report_files
+from peft_moe_merge.report.statistics import RULE
+from peft_moe_merge.report.tables import Rows
 
-from .claims import Claim, judge, show
+from .claims import Claim, check_claims, show
 from .figures import draw_all
 from .simulate import Run
 from .specialisation import MEASURES
 from .study import Study
 
-STYLE = """
-body { font: 16px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; }
-img { max-width: 100%; } figcaption { color: #555; } figure { margin: 2rem 0; }
-.holds { color: #00704f; } .in-part { color: #8a5a00; } .not { color: #b03000; }
-"""
-MARKS = {"holds": "holds", "holds in part": "in-part", "does not hold": "not"}
+TITLE = "When to stop the router"
+MARKS = {"holds": "good", "holds in part": "fair", "does not hold": "bad", "no": "bad"}
 
 
 def write_study(study: Study, folder: Path) -> list[Claim]:
-    """Judge a study and write its pictures (`*.png`), `results.json` and `index.html`.
+    """Check a study's claims and write its pictures (`*.png`), `results.json` and `index.html`.
 
     Every file appears complete or not at all; the page comes last.
 
@@ -39,30 +32,25 @@ def write_study(study: Study, folder: Path) -> list[Claim]:
     Returns:
         The claims with their verdicts.
     """
+    claims = check_claims(study)
+    pictures = [picture(name, *drawn) for name, drawn in draw_all(study).items()]
     folder.mkdir(parents=True, exist_ok=True)
-    claims = judge(study)
-    pictures = {}
-    for name, (figure, caption) in draw_all(study).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        pictures[name] = (buffer.getvalue(), caption)
-        _write(folder / f"{name}.png", buffer.getvalue())
-    _write(folder / "results.json", json.dumps(_numbers(study, claims), indent=1, allow_nan=False).encode())
-    _write(folder / "index.html", _page(study, claims, pictures).encode())
+    write_file(folder / "results.json", json.dumps(_numbers(study, claims), indent=1, allow_nan=False).encode())
+    write_report_files(folder, "index.html", _page(study, claims, pictures), pictures)
     return claims
 
 
-def final_table(study: Study) -> list[tuple[str, ...]]:
-    """Forgetting and error at some rounds, mean ± half-width of the 95 % interval, first row the header."""
+def final_table(study: Study) -> Rows:
+    """Forgetting and error at some rounds, mean and half of the 95 % interval, first row the header."""
     marks = [t for t in (100, 250, 500, 1000) if t < study.base.rounds] + [study.base.rounds]
-    rows = [("experts", "gate", *(f"forgetting @{t}" for t in marks), *(f"error @{t}" for t in marks))]
+    rows = [["experts", "gate", *(f"forgetting @{t}" for t in marks), *(f"error @{t}" for t in marks)]]
     named = [("1", "none", study.single)]
     for m in study.stopped:
         named += [(str(m), "stops", study.stopped[m]), (str(m), "never stops", study.endless[m])]
     named += [(str(run.setting.experts), f"oracle, by {kind}", run) for kind, run in study.oracles.items()]
     for count, gate, run in named:
         cells = [show(curve[:, t - 1]) for curve in (run.forgetting_ST, run.error_ST) for t in marks]
-        rows.append((count, gate, *cells))
+        rows.append([count, gate, *cells])
     return rows
 
 
@@ -90,48 +78,29 @@ def _final(run: Run) -> dict:
     return {name: [None if x != x else x for x in values_S.tolist()] for name, values_S in values.items()}
 
 
-def _page(study: Study, claims: list[Claim], pictures: dict[str, tuple[bytes, str]]) -> str:
+def _page(study: Study, claims: list[Claim], pictures: list[Picture]) -> str:
     base = study.base
-    claim_rows = [("", "claim", "here", "criteria met")] + [
-        (c.name, c.statement, c.verdict, f"{sum(k.holds for k in c.criteria)} of {len(c.criteria)}") for c in claims
-    ]
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>When to stop the router</title>",
-        f"<style>{STYLE}</style><h1>When to stop the router</h1>",
-        f"<p>{len(study.seeds)} seeds, {base.rounds} rounds, {base.tasks} tasks in {base.clusters} clusters, "
-        f"{base.features} features, {base.samples} samples a round. ± and bands: 95 % intervals over seeds. The constants are "
-        "our own, not those of the paper whose setting this is (arXiv 2406.16437).</p>",
-        "<h2>Claims</h2>",
-        _table(claim_rows, mark=MARKS.get),
-        "<h2>Forgetting and error</h2>",
-        _table(final_table(study)),
-        "<h2>Pictures</h2>",
-    ]
-    for name, (png, caption) in pictures.items():
-        data = base64.b64encode(png).decode()
-        parts.append(
-            f"<figure id='{name}'><img src='data:image/png;base64,{data}' alt='{escape(caption, quote=True)}'>"
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    parts.append("<h2>Every criterion</h2>")
+    claim_rows = [["", "claim", "here", "criteria met"]]
     for claim in claims:
-        rows = [("asked", "measured", "holds")] + [
-            (k.asked, k.measured, "yes" if k.holds else "no") for k in claim.criteria
-        ]
-        parts += [f"<h3>{escape(claim.name)}: {escape(claim.verdict)}</h3>", _table(rows)]
-    settings = [("setting", "value")] + [(name, str(value)) for name, value in asdict(base).items()]
-    parts += ["<h2>Setting</h2>", _table(settings), "</html>"]
-    return "\n".join(parts)
+        met = f"{sum(criterion.holds for criterion in claim.criteria)} of {len(claim.criteria)}"
+        claim_rows.append([claim.name, claim.statement, claim.verdict, met])
+    settings = [["setting", "value"], *([name, str(value)] for name, value in asdict(base).items())]
+    return page(
+        TITLE,
+        f"{len(study.seeds)} seeds, {base.rounds} rounds, {base.tasks} tasks in {base.clusters} clusters, {base.features} "
+        f"features, {base.samples} samples a round. {RULE} So are bands; comparisons are paired by seed and hold when all of "
+        "the interval says so. The constants are ours, not those of the paper whose setting this is (arXiv 2406.16437).",
+        [
+            Section("Claims", [TextTable(claim_rows, text=True, marks=MARKS)]),
+            Section("Forgetting and error", [TextTable(final_table(study))]),
+            Section("Pictures", list(pictures)),
+            Section("Every criterion", [_criteria(claim) for claim in claims]),
+            Section("Setting", [TextTable(settings, text=True)]),
+        ],
+    )
 
 
-def _table(rows: list[tuple[str, ...]], mark: Callable[[str], str | None] = lambda cell: None) -> str:
-    def line(row: tuple[str, ...], tag: str) -> str:
-        cells = (f"<{tag} class='{mark(cell) or ''}'>{escape(cell)}</{tag}>" for cell in row)
-        return f"<tr>{''.join(cells)}</tr>"
-
-    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole(path) as partial:
-        partial.write_bytes(content)
+def _criteria(claim: Claim) -> TextTable:
+    rows = [["asked", "measured", "holds"]]
+    rows += [[one.asked, one.measured, "yes" if one.holds else "no"] for one in claim.criteria]
+    return TextTable(rows, title=f"{claim.name}: {claim.verdict}", text=True, marks=MARKS)

@@ -25,11 +25,11 @@ class Study:
         single: one expert.
         stopped: by number of experts, the gate stopped by the rule.
         endless: by number of experts, the gate never stops.
-        oracles: "cluster" and "task", each with its own expert.
+        oracles: "cluster" and "task", each of which has an expert to itself.
         explore: by rounds of exploration.
         noise: by routing noise.
         flags: by reading of the stop rule, number of experts and gap.
-        ensemble: one expert, a few rounds, very many seeds (its own: 0, 1, 2, ...), by kind of signal: "none", where the
+        ensemble: one expert, a few rounds, very many seeds (0, 1, 2, ...), by kind of signal: "none", where the
             closed forms are exact, and that of `base`.
     """
 

@@ -38,3 +38,14 @@ def test_one_task():
 def test_not_square(matrix):
     with pytest.raises(ValueError, match="square"):
         mtil.stream_metrics(matrix)
+
+
+def test_the_settings_differ_in_what_is_measured_only():
+    known, unknown = evaluate.load(mtil.__file__), evaluate.load(mtil.__file__, "x_tail")
+    given = known.compute(accuracies=MATRIX)
+    for name, value in unknown.compute(accuracies=MATRIX).items():
+        assert value == pytest.approx(given[name], nan_ok=True)
+    assert "which is known" in known.description and "classes of all tasks" in unknown.description
+    assert "2406.18868" in unknown.citation
+    with pytest.raises(ValueError, match=r"Unknown setting 'cil'; there are \['mtil', 'x_tail'\]"):
+        evaluate.load(mtil.__file__, "cil")

@@ -15,7 +15,13 @@ from peft_moe_merge.mtil.model_merging import study
 from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS, corrupt
 from peft_moe_merge.mtil.model_merging.finetune import accuracy, finetune
 from peft_moe_merge.mtil.model_merging.images import load_images
-from peft_moe_merge.mtil.model_merging.report import average, over_seeds, print_report, save_picture
+from peft_moe_merge.mtil.model_merging.report import (
+    accuracy_rows,
+    average,
+    print_report,
+    robustness_rows,
+    write_report,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +119,23 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     print_report(results)
     printed = capsys.readouterr().out
     assert "disjoint" in printed and "digits_7_to_9" in printed and "worst task" in printed
-    assert save_picture(results, tmp_path / "picture.png").stat().st_size > 5000
+    picture, page = write_report(results, tmp_path / "report")
+    assert picture.stat().st_size > 5000 and "wemoe_mi, worst task" in page.read_text()
 
 
-def test_report_means_and_spreads():
-    assert average({"a": 10.0, "b": 20.0}) == 15.0
-    assert over_seeds([{"x": 1.0}, {"x": 3.0}], lambda row: row["x"]) == "2.0 ±1.4"
-    assert over_seeds([{}], average) == "-"
+def test_report_means_and_intervals(tmp_path):
+    assert average({"a": 10.0, "b": 20.0}) == 15.0 and average({}) is None
+    runs = [{"tasks": ["a", "<b>"], "rows": {"ties": {"accuracy": {"a": 10.0 + x, "<b>": 20.0}}}} for x in (0, 2)]
+    runs[1]["rows"]["wemoe"] = {"accuracy": {"a": 1.0}, "seconds": 2.0}
+    results = {"suite": "digits", "runs": runs}  # the first results had no more, and the second seed was not finished
+    heading, ties, wemoe = accuracy_rows(results)
+    half = 12.706  # t of one degree of freedom; the standard error of 10 and 12 is 1
+    assert ties[:4] == ["ties", f"11.0 ±{half:.1f}", "20.0 ±0.0", f"15.5 ±{half / 2:.1f}"]
+    assert dict(zip(heading, wemoe, strict=True)) == {
+        "method": "wemoe", "a": "1.0", "<b>": "-", "average": "1.0", "trainable": "-", "stored M": "-", "seconds": "2"
+    }  # fmt: skip
+    html = write_report(results, tmp_path)[-1].read_text()
+    assert "&lt;b&gt;" in html and "<b>" not in html and "11.0 ±12.7" in html
+    assert robustness_rows(results) == []
+    runs[0]["robustness"] = {"gauss": {"ties": {"a": 5.0, "<b>": 7.0}}}
+    assert robustness_rows(results) == [["method", "gauss"], ["ties", "6.0"], ["ties, worst task", "5.0"]]

@@ -1,34 +1,37 @@
-"""The report: statistics against closed forms, the right numbers in the tables, one page that a browser shows whole."""
+"""The report: the right numbers in the tables, one page that a browser shows whole."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
-from itertools import product
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from peft_moe_merge.mtil.checkpoint import Progress
 from peft_moe_merge.mtil.data.hub.table import HUB_SETS
 from peft_moe_merge.mtil.report.anchors import anchor_notes
-from peft_moe_merge.mtil.report.figures import draw_all
-from peft_moe_merge.mtil.report.html import write_report
-from peft_moe_merge.mtil.report.statistics import estimate, paired_difference
-from peft_moe_merge.mtil.report.tables import matrix_rows, print_results, summary_rows, task_rows
+from peft_moe_merge.mtil.report.html import report_page, write_report
+from peft_moe_merge.mtil.report.pictures import draw_all
+from peft_moe_merge.mtil.report.tables import (
+    difference_rows,
+    equivalence_rows,
+    matrix_rows,
+    print_results,
+    summary_rows,
+    task_rows,
+)
 from peft_moe_merge.mtil.results import empty_results, read_results, run_result, write_results
 
 TASKS = ["birds", "<cars> & $x$", "digits"]
 BLOCKS = ["vision_model.encoder.layers.0.mlp", "text_model.encoder.layers.0.mlp"]
 
 
-def run(seed, shift=0.0, story=False):
+def run(seed, shift=0.0, inside=False):
     matrix = [[80 + shift, 30, 20], [70, 90 + shift, 26], [65, 84, 95 + shift]]
     progress = Progress(settings={}, matrix=matrix, seconds=90.0, trainable_parameters=1234, stored_bytes=5_000_000)
-    if story:
+    if inside:
         progress.losses = [[3.0, 2.0, 1.5], [2.5, 2.0, 1.8], [2.0, 1.0, 0.5]]
         progress.merges = [[[2, {block: [3, 0, 1] for block in BLOCKS}]] for _ in TASKS]
         progress.frozen = [{block: list(range(task + 1)) for block in BLOCKS} for task in range(3)]
@@ -42,28 +45,9 @@ def results():
     results["methods"] = {
         "zero_shot": [run(seed) for seed in (0, 1, 2)],
         "moe_adapters": [run(seed, shift=seed) | {"merges": [[], [], []]} for seed in (0, 1, 2)],
-        "moe_lora_merge": [run(seed, shift=2 * seed + 1, story=True) for seed in (0, 1, 2)],
+        "moe_lora_merge": [run(seed, shift=2 * seed + 1, inside=True) for seed in (0, 1, 2)],
     }
     return results
-
-
-def test_estimate_against_all_resamples():
-    values = [1.0, 4.0, 7.0, 20.0]
-    known = estimate([*values, None])
-    assert known.mean == 8.0 and known.seeds == 4
-    assert known.std == pytest.approx(math.sqrt(sum((v - 8) ** 2 for v in values) / 3))
-    every = np.sort([np.mean(chosen) for chosen in product(values, repeat=4)])  # all 256 resamples
-    low, high = np.quantile(every, [0.025, 0.975])
-    assert known.low == pytest.approx(low, abs=0.5) and known.high == pytest.approx(high, abs=0.8)
-    assert estimate(values) == estimate(values), "the same values, the same interval"
-    assert estimate([5.0])[:2] == (5.0, None) and estimate([None]).mean is None
-
-
-def test_differences_are_taken_seed_by_seed():
-    ours = [{"seed": 0, "last": 51.0}, {"seed": 1, "last": 92.0}, {"seed": 7, "last": 0.0}]
-    theirs = [{"seed": 1, "last": 90.0}, {"seed": 0, "last": 50.0}]
-    difference = paired_difference(ours, theirs, "last")
-    assert difference.mean == 1.5 and difference.seeds == 2 and (difference.low, difference.high) == (1.0, 2.0)
 
 
 def test_tables(results):
@@ -71,14 +55,35 @@ def test_tables(results):
     assert rows[1] == ["birds", "80.0", "30.0", "20.0", "43.3"]
     assert rows[4] == ["Transfer", "-", "30.0", "23.0", "26.5"]
     assert rows[6] == ["Last", "65.0", "84.0", "95.0", "81.3"]
-    heading, _, adapters, ours = summary_rows(results)
-    cells = dict(zip(heading, ours, strict=False))
-    assert cells["Last"] == "82.33 ±0.67"  # (244 + 1, 3, 5) / 3
-    assert ours[heading.index("Last") + 1].startswith("+0.67") and adapters[heading.index("Last") + 1] == ""
+    heading, *_, ours = summary_rows(results)
+    cells = dict(zip(heading, ours, strict=True))
+    assert cells["Last"] == "82.33 ±1.66"  # (244 + 1, 3, 5) / 3, whose standard error is 2/3 / sqrt(3); t(2) is 4.303
+    assert cells["trainable"] == "1,234" and cells["minutes"] == "1.5"
     console = Console(record=True, width=200)
     print_results(results, console)
     text = console.export_text()
     assert "moe_lora_merge" in text and "<cars> & $x$" in text and "seed 0" not in text, "no matrix a seed"
+
+
+def test_differences_and_equivalence(results):
+    heading, zero_shot, ours = difference_rows(results)
+    cells = dict(zip(heading, ours, strict=True))
+    assert cells["difference to moe_adapters"] == "moe_lora_merge" and cells["seeds"] == "3"
+    # a seed's shift, of which a third reaches Last: 2s + 1 against s
+    assert cells["Last"] == "+0.67 [-0.16,+1.49]" and cells["Transfer"] == "+0.00 [+0.00,+0.00]"
+    assert dict(zip(heading, zero_shot, strict=True))["Last"] == "-0.33 [-1.16,+0.49]"
+    heading, _, ours = equivalence_rows(results, 2.0)
+    cells = dict(zip(heading, ours, strict=True))
+    assert heading[0] == "moe_adapters within ±2" and cells["Transfer"] == "equal, p<0.001"
+    assert cells["Last"] == "equal, p=0.010"  # t = (2 - 2/3) / 0.19245, 2 degrees
+    assert equivalence_rows(results, 0.7)[2][4].startswith("not shown, p=0.4")
+    assert difference_rows(results, baseline="icarl") == equivalence_rows(results, 1.0, "icarl") == []
+    console = Console(record=True, width=200)
+    print_results(results, console, margin=2.0)
+    text = console.export_text()
+    assert "equal, p=0.010" in text and "two one-sided t tests" in text
+    one = results | {"methods": {name: runs[:1] for name, runs in results["methods"].items()}}
+    assert difference_rows(one)[2][4] == "+0.33" and equivalence_rows(one, 2.0)[2][4] == "-", "one seed shows nothing"
 
 
 def test_results_are_strict_json(results, tmp_path):
@@ -100,7 +105,7 @@ def test_results_are_strict_json(results, tmp_path):
     ]
     assert set(keys) <= entry.keys() and entry["transfer_per_task"][0] is None
     path.write_text('{"suite": "mini"}')
-    with pytest.raises(ValueError, match="lacks tasks, settings"):
+    with pytest.raises(ValueError, match="lacks tasks, methods"):
         read_results(path)
     path.write_text("no json")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -110,12 +115,34 @@ def test_results_are_strict_json(results, tmp_path):
 def test_the_page_stands_alone(results, tmp_path):
     *pictures, page = write_report(results, tmp_path)
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == len(pictures) == 8
+    assert html.count("data:image/png;base64,") == len(pictures) == 9
     loads = re.compile(r"""(src|href)\s*=\s*["']?(?!["']?data:)|url\(|@import|<script""")
     assert not loads.search(html) and loads.search("<img src='//host/a.png'>") and loads.search('<a href="b.css">')
     assert "&lt;cars&gt; &amp; $x$" in html and "<cars>" not in html
+    assert "Student&#39;s 95 % over seeds" in html, "the rule is named"
     for number in ("82.33", "26.5", "moe_adapters", "1,234"):
         assert number in html
+
+
+def test_results_that_lack_what_is_optional_have_a_report(results, tmp_path):
+    """Results of the first release, those of other programs, and seeds that differ in what they have."""
+    bare = {"seed": 3, "matrix": results["methods"]["zero_shot"][0]["matrix"]}
+    least = {"suite": "mini", "tasks": TASKS, "methods": {"theirs": [bare], "moe_adapters": [bare]}}
+    (tmp_path / "results.json").write_text(json.dumps(least))
+    read = read_results(tmp_path / "results.json")
+    assert read["methods"]["theirs"][0]["transfer"] == 26.5, "the metrics follow from the matrix"
+    cells = dict(zip(*summary_rows(read)[:2], strict=True))
+    assert cells["Last"] == "81.33" and cells["minutes"] == cells["trainable"] == cells["stored MB"] == "-"
+    for document in (least, read):
+        assert write_report(document, tmp_path)[-1].stat().st_size > 20_000
+        print_results(document, Console(record=True))
+    runs = results["methods"]["moe_lora_merge"]
+    for key in sorted(runs[0].keys() - {"seed", "matrix"}):
+        of_method = [{name: value for name, value in run.items() if name != key} for run in runs[:2]] + runs[2:]
+        document = {name: value for name, value in results.items() if name not in ("settings", "versions")}
+        document |= {"methods": {"moe_lora_merge": of_method}}
+        assert ("merges_moe_lora_merge" in draw_all(document)) and "moe_lora_merge" in report_page(document, [])
+        print_results(document, Console(record=True))
 
 
 def test_every_block_lists_its_tasks_from_the_first_down(results):
@@ -127,7 +154,9 @@ def test_every_block_lists_its_tasks_from_the_first_down(results):
 def test_the_report_can_be_redone(results, tmp_path):
     write_results(tmp_path / "results.json", results)
     command = [sys.executable, "-m", "peft_moe_merge.mtil.report", str(tmp_path / "results.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    options = ["--baseline", "zero_shot", "--margin", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert "difference to zero_shot" in done.stdout and "equal, p=0.0" in done.stdout
     assert "report.html" in done.stdout and (tmp_path / "report.html").stat().st_size > 50_000
     assert subprocess.run([*command[:-1], str(tmp_path / "nothing.json")], capture_output=True).returncode == 2
 
@@ -146,7 +175,7 @@ def test_a_browser_shows_it_whole(results, tmp_path):
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
     command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>8 shown, 0 errors, wider false</title>" in done.stdout, done.stderr[-2000:]
+    assert "<title>9 shown, 0 errors, wider false</title>" in done.stdout, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr, "the browser has nothing to complain of"
 
 

@@ -2,9 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scipy import stats
 
-from peft_moe_merge.theory.claims import Claim, Criterion, interval, judge, rounds_to_converge
+from peft_moe_merge.theory.claims import Claim, Criterion, check_claims, rounds_to_converge
 from peft_moe_merge.theory.simulate import Setting
 from peft_moe_merge.theory.study import run_study
 
@@ -15,29 +14,11 @@ def study():
 
 
 def verdicts(study) -> dict[str, str]:
-    return {claim.name: claim.verdict for claim in judge(study)}
+    return {claim.name: claim.verdict for claim in check_claims(study)}
 
 
 def criteria(study, name: str) -> dict[str, Criterion]:
-    return {c.asked: c for claim in judge(study) if claim.name == name for c in claim.criteria}
-
-
-def test_interval_is_students():
-    values = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mean, half = interval(values)
-    for column in range(3):
-        x = values[:, column].numpy()
-        low, high = stats.t.interval(0.95, len(x) - 1, loc=x.mean(), scale=stats.sem(x))
-        assert (mean - half)[column].item() == pytest.approx(low)
-        assert (mean + half)[column].item() == pytest.approx(high)
-
-
-def test_interval_leaves_out_unknown_values_and_needs_two():
-    nan = float("nan")
-    mean, half = interval(torch.tensor([[1.0, nan], [nan, nan], [3.0, 2.0]]).double())
-    known_mean, known_half = interval(torch.tensor([1.0, 3.0]).double())
-    assert (mean[0], half[0]) == (known_mean, known_half)
-    assert mean[1].isnan() and half[1].isnan()
+    return {c.asked: c for claim in check_claims(study) if claim.name == name for c in claim.criteria}
 
 
 def test_rounds_to_converge_counts_to_the_last_round_above():

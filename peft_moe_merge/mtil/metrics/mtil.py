@@ -1,11 +1,20 @@
 """Transfer, Average, Last and forgetting of a stream of tasks: a module for `evaluate.load(<this file>)`.
 
+The settings of the benchmark differ in what the accuracies are of, not in what is computed from them:
+`evaluate.load(<this file>, "x_tail")` says so of X-TAIL, where nobody names an image's task.
+
 Shapes: T tasks. `a[i][j]` is the accuracy on task j after training task i.
 """
 
 import datasets
 import evaluate
 import numpy as np
+
+SETTINGS = {
+    "mtil": "An image is classified among the classes of its task, which is known.",
+    "x_tail": "An image is classified among the classes of all tasks of the stream, learnt or not; its task is not known.",
+}
+"""What `accuracies` are of, by the configuration's name."""
 
 DESCRIPTION = """
 How a model fares that learns T tasks one after another, from its accuracies a[i][j] on task j after training task i.
@@ -19,9 +28,11 @@ Returns:
     `transfer`, `average`, `last`, `forgetting`: means over the tasks that have them (NaN where no task has), and
     `<name>_per_task`: lists of T with NaN for the first task's transfer and the last task's forgetting.
 """
-CITATION = (
-    "Zheng et al., Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models, 2023"
-)
+CITATIONS = {
+    "mtil": "Zheng et al., Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models, 2023",
+    "x_tail": "Xu et al., Advancing Cross-domain Discriminability in Continual Learning of Vision-Language Models, 2024 "
+    "(arXiv 2406.18868)",
+}
 
 
 def stream_metrics(accuracies: list[list[float]]) -> dict[str, float | list[float]]:
@@ -48,12 +59,15 @@ def stream_metrics(accuracies: list[list[float]]) -> dict[str, float | list[floa
 
 
 class Mtil(evaluate.Metric):
-    """Transfer, Average, Last and forgetting."""
+    """Transfer, Average, Last and forgetting, in the setting `mtil` (the default) or `x_tail`."""
 
     def _info(self) -> evaluate.MetricInfo:
+        setting = "mtil" if self.config_name == "default" else self.config_name
+        if setting not in SETTINGS:
+            raise ValueError(f"Unknown setting {setting!r}; there are {list(SETTINGS)}.")
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
+            description=f"{DESCRIPTION}{SETTINGS[setting]}\n",
+            citation=CITATIONS[setting],
             inputs_description=INPUTS,
             features=datasets.Features({"accuracies": datasets.Sequence(datasets.Value("float64"))}),
         )

@@ -1,4 +1,4 @@
-"""Published accuracies beside a run's own, and what keeps the two from comparing. Only for the suite `mtil`."""
+"""Published accuracies beside those of a run, and what keeps the two from comparing. Only for the suite `mtil`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def anchor_notes(results: dict[str, Any]) -> list[str]:
     """Say in what a run differs from the published ones, and what to beware of in any case."""
     if results["suite"] != "mtil":
         return []
-    settings = results["settings"]
+    settings = results.get("settings") or {}
     differing = [
         f"{name} {settings.get(name)!r} instead of {value!r}"
         for name, value in PUBLISHED.items()
@@ -69,5 +69,7 @@ def anchor_notes(results: dict[str, Any]) -> list[str]:
     rates = [HUB_SETS[task].lr for task in results["tasks"]]
     if settings.get("lr") != rates:
         differing.append(f"lr {settings.get('lr')!r} instead of {rates!r}")
-    told = f"NOT comparable as it is: {'; '.join(differing)}." if differing else "The settings are the published ones."
-    return [f"† published: order I, all images, ViT-B/16, 1000 steps of 64 images. {told}", *NOTES]
+    verdict = (
+        f"NOT comparable as it is: {'; '.join(differing)}." if differing else "The settings are the published ones."
+    )
+    return [f"† published: order I, all images, ViT-B/16, 1000 steps of 64 images. {verdict}", *NOTES]

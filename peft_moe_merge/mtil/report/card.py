@@ -7,11 +7,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from peft_moe_merge.report.tables import markdown
+
 from ..results import METRICS
-from .tables import Rows, matrix_rows, summary_caption, summary_rows
+from .tables import DIFFERENCE_CAPTION, difference_rows, matrix_rows, summary_caption, summary_rows
 
 METHOD = "moe_lora_merge"
-"""The method whose adapters are published: those of the others are plain LoRAs, or whole CLIPs."""
+"""The method whose adapters are published: those of the others are plain LoRAs, or all weights of a CLIP."""
 
 TAGS = ["peft", "moe", "continual-learning", "mixture-of-experts", "clip"]
 SETTINGS = (
@@ -35,7 +37,7 @@ SETTINGS = (
     "router_balance_loss",
     "router_locality_loss",
 )
-"""What a reader needs to judge the numbers; paths and trackers of the run are left out."""
+"""What a reader needs to weigh the numbers; paths and trackers of the run are left out."""
 
 
 def model_card(results: dict[str, Any], repo_id: str, seed: int, license: str = "apache-2.0") -> ModelCard:
@@ -56,7 +58,7 @@ def model_card(results: dict[str, Any], repo_id: str, seed: int, license: str = 
             f"There is no adapter of {METHOD} with seed {seed} in these results, which have its seeds {list(seeds)} and "
             f"the methods {list(results['methods'])}."
         )
-    run, settings, tasks = seeds[seed], results["settings"], results["tasks"]
+    run, settings, tasks = seeds[seed], results.get("settings") or {}, results["tasks"]
     base = base_model(settings)
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
@@ -68,7 +70,8 @@ def model_card(results: dict[str, Any], repo_id: str, seed: int, license: str = 
         eval_results=eval_results(results, run),
     )
     shown = [["setting", "value"], *([name, str(settings[name])] for name in SETTINGS if name in settings)]
-    versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    versions = ", ".join(f"{package} {number}" for package, number in (results.get("versions") or {}).items())
+    compared = f"\n{DIFFERENCE_CAPTION}\n\n{markdown(rows)}\n" if (rows := difference_rows(results)) else ""
     text = f"""# {repo_id.rpartition("/")[2]}
 
 A mixture of LoRA experts with one router per task, which has learnt {len(tasks)} image classification tasks one after
@@ -76,7 +79,7 @@ another: {", ".join(tasks)}. The experts of old tasks are kept; an image of no k
 [arXiv 2405.11530](https://arxiv.org/abs/2405.11530), as a PEFT method in `peft_moe_merge`.
 
 - Base model: {_base_in_words(settings, base)}
-- Adapter: {run["stored_bytes"] / 1e6:.1f} MB; at most {run["trainable_parameters"]:,} parameters trained per task
+- Adapter: {_sizes(run)}
 - Seed: {run["seed"]}
 
 ## How to load it
@@ -92,10 +95,10 @@ known, and the label space is the task's own. A task that was not learnt yet was
 
 {markdown(matrix_rows(tasks, run))}
 
-All methods of the same run, with the same data, order and budget. {summary_caption(results)}
+All methods of the same run, with the same data, order and budget. {summary_caption()}
 
 {markdown(summary_rows(results))}
-
+{compared}
 ## Training
 
 Suite `{os.path.basename(results["suite"])}`, {len(tasks)} tasks in the order of the table above.
@@ -123,25 +126,27 @@ def eval_results(results: dict[str, Any], run: dict[str, Any]) -> list[EvalResul
         "dataset_type": "stream",
         "dataset_name": f"{os.path.basename(results['suite'])} ({len(results['tasks'])} tasks)",
     }
-    told = [
+    listed = [
         EvalResult(
             **kind, **suite, metric_type=metric, metric_name=metric.capitalize(), metric_value=round(run[metric], 2)
         )
         for metric in METRICS
-        if run[metric] is not None
+        if run.get(metric) is not None
     ]
     for task, accuracy in zip(results["tasks"], run["matrix"][-1], strict=True):
         dataset = {"dataset_type": task, "dataset_name": task}
         metric = {"metric_type": "accuracy", "metric_name": "Accuracy after the last task"}
-        told.append(EvalResult(**kind, **dataset, **metric, metric_value=round(accuracy, 2)))
-    return told
+        listed.append(EvalResult(**kind, **dataset, **metric, metric_value=round(accuracy, 2)))
+    return listed
 
 
-def markdown(rows: Rows) -> str:
-    """Write a table, the first row of which is its header."""
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    lines.insert(1, " | ".join(["---"] + ["---:"] * (len(rows[0]) - 1)))
-    return "\n".join(f"| {line} |" for line in lines)
+def _sizes(run: dict[str, Any]) -> str:
+    sizes = []
+    if "stored_bytes" in run:
+        sizes.append(f"{run['stored_bytes'] / 1e6:.1f} MB")
+    if "trainable_parameters" in run:
+        sizes.append(f"at most {run['trainable_parameters']:,} parameters trained per task")
+    return "; ".join(sizes) or "size not recorded"
 
 
 def _base_in_words(settings: dict[str, Any], base: str | None) -> str:

@@ -1,21 +1,39 @@
-"""Results as tables: rows of text, the first of which is the header, and how a terminal shows them."""
+"""Results of a stream as tables, and how a terminal shows them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from peft_moe_merge.report.statistics import RULE, Estimate, equivalence, estimate, over_seeds, paired_differences
+from peft_moe_merge.report.tables import Rows, difference, number, print_table, spread, terminal
 
 from ..results import METRICS
 from .anchors import anchor_notes, anchor_values
-from .statistics import BASELINE, Estimate, estimate, over_seeds, paired_difference, per_task
 
-Rows = list[list[str]]
+BASELINE = "moe_adapters"
+"""The method that the others are compared with, unless another is named."""
+
 COMPARED = METRICS[:3]  # what the paper's tables show
-WIDTH = 180  # of a terminal that is none, such as a file
+DECISIONS = ("per_image", "per_batch")
+SELECTION_CAPTION = (
+    "Nobody names the task: a selector chooses it, or none of them, which is plain CLIP. Δ Last: to the true task. "
+    "right: the image's task, or none if it is not learnt yet, over all data sets and stages. AUROC: telling images of "
+    "tasks not learnt yet from the others, mean over stages. Deciding a batch of one data set together is far easier "
+    f"than deciding image by image. {RULE}"
+)
+
+
+DIFFERENCE_CAPTION = (
+    "Percentage points, mean over common seeds of the differences seed by seed, with Student's 95 % interval."
+)
+EQUIVALENCE_CAPTION = (
+    "Equal: two one-sided t tests on the differences seed by seed show at 5 % that they lie within the margin, in percentage "
+    "points. Not shown: they do not, which does not mean that the methods differ."
+)
 
 
 def matrix_rows(tasks: list[str], run: dict[str, Any]) -> Rows:
@@ -24,166 +42,209 @@ def matrix_rows(tasks: list[str], run: dict[str, Any]) -> Rows:
     for task, row in zip(tasks, run["matrix"], strict=True):
         rows.append([task, *map(number, row), number(sum(row) / len(row))])
     for metric in COMPARED:
-        rows.append([metric.capitalize(), *map(number, run[f"{metric}_per_task"]), number(run[metric])])
+        if f"{metric}_per_task" in run:
+            rows.append([metric.capitalize(), *map(number, run[f"{metric}_per_task"]), number(run.get(metric))])
     return rows
 
 
 def task_rows(results: dict[str, Any], metric: str) -> Rows:
-    """Lay out a metric of every method, per task and in the mean, with the standard deviation over seeds.
+    """Lay out a metric of every method, per task and in the mean, with intervals over seeds.
 
     Below them the published numbers, if there are any.
     """
-    rows = [["method", *results["tasks"], "mean"]]
+    tasks = results["tasks"]
+    rows = [["method", *tasks, "mean"]]
     for name, runs in results["methods"].items():
-        rows.append([name, *map(spread, per_task(runs, metric)), spread(over_seeds(runs, metric))])
+        known = [run[f"{metric}_per_task"] for run in runs if f"{metric}_per_task" in run]
+        per_task = [estimate([values[task] for values in known]) for task in range(len(tasks))]
+        rows.append([name, *map(spread, per_task), spread(over_seeds(runs, metric))])
     for label, values in anchor_values(results, metric).items():
-        known = [value for value in values if value is not None]
-        rows.append([label, *map(number, values), number(sum(known) / len(known) if known else None)])
+        published = [value for value in values if value is not None]
+        rows.append([label, *map(number, values), number(_mean(published))])
     return rows
 
 
-def summary_rows(results: dict[str, Any], baseline: str = BASELINE) -> Rows:
-    """Lay out one row per method: the metrics and, if the baseline was run, the paired differences to it."""
+def summary_rows(results: dict[str, Any]) -> Rows:
+    """Lay out one row per method: the metrics with intervals, and what a run takes."""
+    rows = [["method", "seeds", *map(str.capitalize, METRICS), "minutes", "trainable", "stored MB"]]
+    for name, runs in results["methods"].items():
+        seconds, stored = (over_seeds(runs, key).mean for key in ("seconds", "stored_bytes"))
+        trainable = max((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), default=None)
+        rows.append(
+            [
+                name,
+                str(len(runs)),
+                *(spread(over_seeds(runs, metric), 2) for metric in METRICS),
+                "-" if seconds is None else number(seconds / 60),
+                "-" if trainable is None else f"{trainable:,}",
+                "-" if stored is None else number(stored / 1e6),
+            ]
+        )
+    return rows
+
+
+def difference_rows(results: dict[str, Any], baseline: str = BASELINE) -> Rows:
+    """Lay out by how much each method exceeds a baseline, seed by seed, with intervals.
+
+    Returns:
+        The table; without rows if the baseline was not run, or nothing else was.
+    """
+    return _against(results, baseline, f"difference to {baseline}", lambda values: difference(estimate(values)))
+
+
+def equivalence_rows(results: dict[str, Any], margin: float, baseline: str = BASELINE) -> Rows:
+    """Lay out whether each method is shown to equal a baseline but for a margin.
+
+    Args:
+        results: what `read_results` returns.
+        margin: in percentage points.
+        baseline: the method to compare with.
+
+    Returns:
+        The table; without rows if the baseline was not run, or nothing else was.
+    """
+    heading = f"{baseline} within ±{margin:g}"
+    return _against(results, baseline, heading, lambda values: equivalence_verdict(values, margin))
+
+
+def _against(results: dict[str, Any], baseline: str, heading: str, cell: Callable[[list[float]], str]) -> Rows:
     methods = results["methods"]
-    rows = [["method", "seeds"]]
-    for metric in METRICS:
-        rows[0] += [metric.capitalize()] + ["Δ"] * (metric in COMPARED and baseline in methods)
-    rows[0] += ["minutes", "trainable", "stored MB"]
-    for name, runs in methods.items():
-        row = [name, str(len(runs))]
-        for metric in METRICS:
-            row.append(spread(over_seeds(runs, metric), 2))
-            if metric in COMPARED and baseline in methods:
-                row.append("" if name == baseline else difference(paired_difference(runs, methods[baseline], metric)))
-        seconds, stored = (sum(run[key] for run in runs) / len(runs) for key in ("seconds", "stored_bytes"))
-        trainable = max(run["trainable_parameters"] for run in runs)
-        rows.append([*row, f"{seconds / 60:.1f}", f"{trainable:,}", f"{stored / 1e6:.1f}"])
+    others = [name for name in methods if name != baseline]
+    if baseline not in methods or not others:
+        return []
+    rows = [[heading, "seeds", *map(str.capitalize, METRICS)]]
+    for name in others:
+        seeds = {run["seed"] for run in methods[name]} & {run["seed"] for run in methods[baseline]}
+        differences = (paired_differences(methods[name], methods[baseline], metric) for metric in METRICS)
+        rows.append([name, str(len(seeds)), *map(cell, differences)])
     return rows
+
+
+def equivalence_verdict(differences: list[float], margin: float) -> str:
+    """Say whether two methods are shown to be equal but for a margin, with the p-value; "-" for a single seed."""
+    tested = equivalence(differences, margin)
+    if tested.p_value is None:
+        return "-"
+    shown = "equal" if tested.holds else "not shown"
+    return f"{shown}, p={tested.p_value:.3f}" if tested.p_value >= 0.0005 else f"{shown}, p<0.001"
 
 
 def selection_rows(results: dict[str, Any]) -> Rows:
     """Lay out one row per method, selector and decision: what the metrics become when nobody names the task.
 
-    Empty if no run tells of selectors. "right" counts all data sets and stages: the own task, or none if not learnt.
+    Empty if no run has selectors. "right" counts all data sets and stages: the image's task, or none if not learnt.
     """
-    rows = []
-    for method, runs in results["methods"].items():
-        names = runs[0].get("selection") or {}
-        if not names:
-            continue
-        truth = [spread(over_seeds(runs, metric), 2) for metric in COMPARED]
-        rows.append([method, "the true task", "", *truth, "", "100.0", "-", ""])
-        for name in names:
-            for decision, label in (("per_image", "per image"), ("per_batch", batch_label(results))):
-                told = [run["selection"][name][decision] for run in runs]
-                right = estimate(
-                    [_mean([share for stage in one["selected_right"] for share in stage]) for one in told]
-                )
-                auroc = estimate([_mean([value for value in one["auroc"] if value is not None]) for one in told])
-                gap = estimate([one["last"] - run["last"] for one, run in zip(told, runs, strict=True)])
-                rows.append(
-                    [
-                        method,
-                        name,
-                        label,
-                        *(spread(over_seeds(told, metric), 2) for metric in COMPARED),
-                        "" if gap.mean is None else f"{gap.mean:+.2f}",
-                        spread(right),
-                        spread(auroc, 3),
-                        f"{runs[0]['selection'][name]['bytes_per_task']:,}",
-                    ]
-                )
     heading = ["method", "task chosen by", "decided", *map(str.capitalize, COMPARED), "Δ Last"]
-    return [[*heading, "right %", "AUROC of none", "bytes a task"], *rows] if rows else []
+    rows = [[*heading, "right %", "AUROC of none", "bytes a task"]]
+    for method, runs in results["methods"].items():
+        names = selectors(runs)
+        if names:
+            truth = [spread(over_seeds(runs, metric), 2) for metric in COMPARED]
+            rows.append([method, "the true task", "", *truth, "", "100.0", "-", ""])
+        for name in names:
+            for decision in DECISIONS:
+                if row := _selection_row(runs, name, decision):
+                    rows.append([method, name, decision_label(results, decision), *row])
+    return rows if len(rows) > 1 else []
+
+
+def _selection_row(runs: list[dict[str, Any]], selector: str, decision: str) -> list[str]:
+    known = [run for run in runs if decision in _selection(run, selector)]
+    if not known:
+        return []
+
+    def chosen(run: dict[str, Any]) -> dict[str, Any]:
+        return run["selection"][selector][decision]
+
+    added = next((_selection(run, selector).get("bytes_per_task") for run in known), None)
+    gaps = [
+        None if run.get("last") is None or chosen(run).get("last") is None else chosen(run)["last"] - run["last"]
+        for run in known
+    ]
+    right = over_seeds(
+        known, lambda run: _mean(share for stage in chosen(run).get("selected_right", ()) for share in stage)
+    )
+    auroc = over_seeds(known, lambda run: _mean(value for value in chosen(run).get("auroc", ()) if value is not None))
+    return [
+        *(spread(over_seeds(list(map(chosen, known)), metric), 2) for metric in COMPARED),
+        _signed(estimate(gaps)),
+        spread(right),
+        spread(auroc, 3),
+        "-" if added is None else f"{added:,}",
+    ]
 
 
 def selected_rows(results: dict[str, Any]) -> Rows:
     """Lay out, per selector and decision, how many percent of each task's images got their task when all are learnt."""
     rows = [["method", "task chosen by", "decided", *results["tasks"], "mean"]]
     for method, runs in results["methods"].items():
-        for name in runs[0].get("selection") or {}:
-            for decision, label in (("per_image", "per image"), ("per_batch", batch_label(results))):
-                shares = zip(*(run["selection"][name][decision]["selected_right"][-1] for run in runs), strict=True)
-                estimates = [estimate(values) for values in shares]
-                mean = number(_mean([one.mean for one in estimates]))
-                rows.append([method, name, label, *(number(one.mean) for one in estimates), mean])
+        for name in selectors(runs):
+            for decision in DECISIONS:
+                known = [_selection(run, name).get(decision, {}).get("selected_right") for run in runs]
+                shares = [stages[-1] for stages in known if stages]
+                if shares:
+                    means = [estimate(values).mean for values in zip(*shares, strict=True)]
+                    label = decision_label(results, decision)
+                    rows.append([method, name, label, *map(number, means), number(_mean(means))])
     return rows
 
 
-def batch_label(results: dict[str, Any]) -> str:
-    """Name the decision for many images at once by their number."""
-    return f"per batch of {results['settings'].get('selector_batch', '?')}"
+def selectors(runs: list[dict[str, Any]]) -> list[str]:
+    """Name the selectors that any of a method's runs has results of."""
+    return list(dict.fromkeys(name for run in runs for name in run.get("selection") or {}))
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def decision_label(results: dict[str, Any], decision: str) -> str:
+    """Name a decision; that for many images at once by their number."""
+    if decision == "per_image":
+        return "per image"
+    return f"per batch of {(results.get('settings') or {}).get('selector_batch', '?')}"
 
 
-SELECTION_CAPTION = (
-    "Nobody names the task: a selector chooses it, or none of them, which is plain CLIP. Δ Last: to the true task. "
-    "right: the own task, or none if it is not learnt yet, over all data sets and stages. AUROC: telling images of "
-    "tasks not learnt yet from the others, mean over stages. Deciding a batch of one data set together is far easier "
-    "than deciding image by image."
-)
-
-
-def summary_caption(results: dict[str, Any], baseline: str = BASELINE) -> str:
+def summary_caption() -> str:
     """Say what the numbers of `summary_rows` are."""
-    text = "Percent; mean ± standard deviation over seeds; minutes and megabytes are those of one run. "
-    if baseline not in results["methods"]:
-        return f"{text}{baseline} was not run, so there is no difference to it."
-    return f"{text}Δ: paired difference to {baseline} over common seeds, with its 95 % bootstrap interval."
+    return f"Percent, means over seeds; minutes and megabytes are those of one run. {RULE}"
 
 
-def number(value: float | None) -> str:
-    """Write an accuracy."""
-    return "-" if value is None else f"{value:.1f}"
-
-
-def spread(known: Estimate, digits: int = 1) -> str:
-    """Write a mean with its standard deviation, if there is one."""
-    if known.mean is None:
-        return "-"
-    deviation = "" if known.std is None else f" ±{known.std:.{digits}f}"
-    return f"{known.mean:.{digits}f}{deviation}"
-
-
-def difference(known: Estimate) -> str:
-    """Write a difference with its interval, if there is one."""
-    if known.mean is None:
-        return "-"
-    interval = "" if known.low is None else f" [{known.low:+.2f},{known.high:+.2f}]"
-    return f"{known.mean:+.2f}{interval}"
-
-
-def print_results(results: dict[str, Any], console: Console | None = None, baseline: str = BASELINE) -> None:
+def print_results(
+    results: dict[str, Any],
+    console: Console | None = None,
+    baseline: str = BASELINE,
+    margin: float | None = None,
+) -> None:
     """Print the accuracy matrix of every method that has one seed, then the methods side by side."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+    console = console or terminal()
+    tasks = results["tasks"]
     for name, runs in results["methods"].items():
         if len(runs) == 1:
             title = f"{name}, seed {runs[0]['seed']}"
             caption = "accuracy in %; rows: after training the task, columns: tested on"
-            console.print(
-                _table(matrix_rows(results["tasks"], runs[0]), title, caption, sections=[len(results["tasks"])])
-            )
+            print_table(console, matrix_rows(tasks, runs[0]), title, caption, sections=[len(tasks)])
     for metric in COMPARED:
-        console.print(_table(task_rows(results, metric), metric.capitalize(), "accuracy in %"))
+        print_table(console, task_rows(results, metric), metric.capitalize(), "accuracy in %")
     if rows := selection_rows(results):
-        console.print(_table(selected_rows(results), "Own task chosen when all are learnt", "in % of a task's images"))
-        console.print(_table(rows, "Choosing the task", SELECTION_CAPTION))
+        print_table(
+            console, selected_rows(results), "Right task chosen when all are learnt", "in % of a task's images"
+        )
+        print_table(console, rows, "Choosing the task", SELECTION_CAPTION)
     for note in anchor_notes(results):
         console.print(Text(note))
-    console.print(
-        _table(summary_rows(results, baseline), f"suite {results['suite']}", summary_caption(results, baseline))
-    )
+    print_table(console, summary_rows(results), f"suite {results['suite']}", summary_caption())
+    if rows := difference_rows(results, baseline):
+        print_table(console, rows, f"Against {baseline}", DIFFERENCE_CAPTION)
+    if margin is not None and (rows := equivalence_rows(results, margin, baseline)):
+        print_table(console, rows, f"Equal to {baseline}?", EQUIVALENCE_CAPTION)
 
 
-def _table(rows: Rows, title: str, caption: str, sections: list[int] = ()) -> Table:
-    table = Table(title=Text(title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for position, heading in enumerate(rows[0]):
-        table.add_column(Text(heading), justify="right" if position else "left", overflow="fold", no_wrap=not position)
-    for count, row in enumerate(rows[1:], start=1):
-        table.add_row(*map(Text, row), end_section=count in sections)
-    return table
+def _selection(run: dict[str, Any], selector: str) -> dict[str, Any]:
+    return (run.get("selection") or {}).get(selector) or {}
+
+
+def _signed(known: Estimate) -> str:
+    half = "" if known.half is None else f" ±{known.half:.2f}"
+    return "-" if known.mean is None else f"{known.mean:+.2f}{half}"
+
+
+def _mean(values: Any) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None
