@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from transformers.image_utils import load_image
 from peft_moe_merge.files import whole
 from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
+
+from .zero_shot import class_features, prompts_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -197,30 +199,23 @@ class ContinualClassifier:
         (task,) = self._ids(task, 1)
         if task not in self._texts:
             if task != PLAIN:
-                classes = self.tasks[self._names[task]]
-                prompts = {name: _fill(classes.templates, name) for name in classes.class_names}
-            elif self.open_classes is not None:
-                prompts = {name: _fill(self.open_classes.templates, name) for name in self.open_classes.class_names}
+                sources = [self.tasks[self._names[task]]]
             else:
-                prompts = {}
-                for classes in self.tasks.values():
-                    for name in classes.class_names:
-                        prompts.setdefault(name, _fill(classes.templates, name))
-            flat = [prompt for of_class in prompts.values() for prompt in of_class]
-            features_NP = torch.cat([self._encode(flat[i : i + 256], task) for i in range(0, len(flat), 256)])
-            means = [part.mean(dim=0) for part in features_NP.split([len(of_class) for of_class in prompts.values()])]
-            self._texts[task] = list(prompts), F.normalize(torch.stack(means), dim=-1)
+                sources = list(self.tasks.values()) if self.open_classes is None else [self.open_classes]
+            prompts: dict[str, list[str]] = {}
+            for classes in sources:
+                of_classes = prompts_of(classes.class_names, classes.templates)
+                for name, of_class in zip(classes.class_names, of_classes, strict=True):
+                    prompts.setdefault(name, of_class)
+            features_CP = class_features(
+                self.model,
+                self.processor.tokenizer,
+                list(prompts.values()),
+                device=self.model.device,
+                task_id=task,
+            )
+            self._texts[task] = list(prompts), features_CP
         return self._texts[task]
-
-    def _encode(self, prompts: list[str], task: int) -> Tensor:
-        tokens = self.processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(
-            self.model.device
-        )
-        ids_N = torch.full((len(prompts),), task, device=self.model.device)
-        output = self.model.get_text_features(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], task_ids=ids_N
-        )
-        return F.normalize(output.pooler_output.float(), dim=-1)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
@@ -304,7 +299,3 @@ def write_classes(
 
 def _task_classes(classes: TaskClasses | Sequence[str]) -> TaskClasses:
     return classes if isinstance(classes, TaskClasses) else TaskClasses(classes)
-
-
-def _fill(templates: Iterable[str], name: str) -> list[str]:
-    return [template.format(name) for template in templates]

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BaseImageProcessor, get_cosine_schedule_with_warmup
 
+from peft_moe_merge.inference import zero_shot
+
 from . import checkpoint
 from .checkpoint import Progress
 from .data.batches import eval_batches, train_batches
@@ -260,12 +262,6 @@ def accuracy(method: Method, task: Task, settings: StreamSettings, accelerator: 
     method.model.to(accelerator.device).eval()
     method.prepare_evaluation(task)
     batches = accelerator.prepare(settings.eval_batches(task.test, method.processor.image_processor))
-    correct = total = 0
     with accelerator.autocast():
         classes_CP = method.class_features(task, accelerator.device)
-        for batch in batches:
-            predicted_B = (method.image_features(batch["pixel_values"]) @ classes_CP.T).argmax(dim=1)
-            hits_B = accelerator.gather_for_metrics(predicted_B == batch["labels"])
-            correct += int(hits_B.sum())
-            total += len(hits_B)
-    return 100.0 * correct / total
+        return zero_shot.accuracy(method.image_features, batches, classes_CP, accelerator.gather_for_metrics)

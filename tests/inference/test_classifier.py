@@ -104,8 +104,13 @@ def test_one_image_a_path_and_a_list_alike(classifier, tmp_path) -> None:
 
 def test_texts_are_encoded_once(classifier, monkeypatch) -> None:
     calls = []
-    encode = classifier._encode
-    monkeypatch.setattr(classifier, "_encode", lambda prompts, task: calls.append(task) or encode(prompts, task))
+    encode = classifier.model.get_text_features
+
+    def counted(**arguments):
+        calls.append(arguments["task_ids"].unique().item())
+        return encode(**arguments)
+
+    monkeypatch.setattr(classifier.model, "get_text_features", counted)
     classifier(pictures(7), task=["pets", "shapes"] * 3 + ["pets"])
     classifier(pictures(7), task="pets")
     assert sorted(calls) == [0, 1]

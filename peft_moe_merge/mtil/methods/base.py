@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
+from peft_moe_merge.inference.zero_shot import class_features, prompts_of, tokenize
+
 from ..data.batches import Batch
 from ..data.task import Task
 from ..settings import setting
-
-TEXT_BATCH = 512  # prompts that are encoded at once
 
 
 @dataclass
@@ -127,21 +127,14 @@ class Method(ABC):
     def class_features(self, task: Task, device: torch.device) -> Tensor:
         """Encode classes, the mean over the task's templates: C x P, of unit length.
 
-        The stream calls it once per evaluation of a task. Memory does not grow with the number of templates.
+        The stream calls it once per evaluation of a task.
         """
-        prompts = [prompt for template in task.templates for prompt in task.prompts(template)]
-        parts = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            tokens = self.tokenize(prompts[start : start + TEXT_BATCH])
-            tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
-            parts.append(F.normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1))
-        features_TCP = torch.cat(parts).unflatten(0, (len(task.templates), len(task.class_names)))
-        return F.normalize(features_TCP.mean(dim=0), dim=-1)
+        prompts = prompts_of(task.class_names, task.templates)
+        return class_features(self.model, self.processor.tokenizer, prompts, device=device)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenize prompts, padded to the longest: under CLIP's causal mask that is exact, and cheaper than 77."""
-        tokens = self.processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        """Tokenize prompts, padded to the longest."""
+        return tokenize(self.processor.tokenizer, prompts)
 
     def story(self) -> dict[str, Any]:
         """Tell what happened inside during the task just ended, for the report: fields of `Progress`."""
