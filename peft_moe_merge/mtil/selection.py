@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,8 @@ from peft_moe_merge.selection import (
 
 from .data.batches import Batch
 from .data.task import Task
-from .methods import Method
-from .methods.moe_lora_merge import MoELoraMerge
-from .settings import setting
+from .methods.base import Method, Routed
+from .settings import check_at_least, check_choices, setting
 
 SELECTORS = ("gaussian", "gaussian_classes", "autoencoder", "prototypes", "text")
 DECISIONS = ("per_image", "per_batch")
@@ -46,23 +45,22 @@ DECISIONS = ("per_image", "per_batch")
 class SelectorSettings:
     """Which selectors a stream tries, with methods that have routers."""
 
-    selectors: list[str] = setting([], f"how to tell which task an image is from, any of {', '.join(SELECTORS)}")
-    selector_features: str = setting("patch_tokens", "what they look at: patch_tokens, image_features or alexnet")
+    selectors: list[str] = setting([], "how to tell which task an image is from", choices=SELECTORS)
+    selector_features: Literal["patch_tokens", "image_features", "alexnet"] = setting(
+        "patch_tokens", "what they look at"
+    )
     selector_depth: int = setting(2, "patch_tokens: blocks of the frozen vision tower that run for them")
     selector_batch: int = setting(64, "images, all of one data set, that are decided together 'per batch'")
     reject_rate: float = setting(0.05, "share of a task's own images that may be taken for none of the tasks")
     alexnet_weights: str | None = setting(None, "alexnet: safetensors of torchvision's AlexNet; default: random")
 
     def __post_init__(self):
-        unknown = [name for name in self.selectors if name not in SELECTORS]
-        if unknown:
-            raise ValueError(f"Unknown selectors {unknown}; there are {list(SELECTORS)}.")
+        check_choices(self, "selectors", SELECTORS)
         if self.selector_features not in ("patch_tokens", "image_features", "alexnet"):
             raise ValueError(
                 f"`selector_features` must be patch_tokens, image_features or alexnet, got {self.selector_features!r}."
             )
-        if self.selector_batch < 1:
-            raise ValueError(f"`selector_batch` must be at least 1, got {self.selector_batch}.")
+        check_at_least(self, 1, "selector_batch")
         self.build()  # so that values out of range are refused before anything runs
 
     def source(self) -> FeatureSource:
@@ -110,14 +108,14 @@ class StreamSelectors:
         return list(dict.fromkeys(selector.source for selector in self.selectors.values()))
 
     @torch.no_grad()
-    def fit(self, method: MoELoraMerge, task: Task, settings: Any, accelerator: Accelerator) -> None:
+    def fit(self, method: Routed, task: Task, settings: Any, accelerator: Accelerator) -> None:
         """Fit all selectors on a task that was just learnt. With several processes all fit on the images of all."""
         method.model.to(accelerator.device).eval()
         batches = accelerator.prepare(settings.eval_batches(task.train, method.processor.image_processor))
         collected: dict[FeatureSource, list[tuple[Tensor, Tensor]]] = {source: [] for source in self.sources}
         for batch in self._bar(batches, f"features of {task.name}", accelerator):
             for source, kept in collected.items():
-                features_BF = method.model.frozen_features(source, batch["pixel_values"]).float()
+                features_BF = method.frozen_features(source, batch["pixel_values"]).float()
                 gathered = accelerator.gather_for_metrics((features_BF, batch["labels"]))
                 kept.append(tuple(tensor.cpu() for tensor in gathered))
         texts_CP = _class_features(method, task, NONE, accelerator).cpu() if "text" in self.selectors else None
@@ -126,7 +124,7 @@ class StreamSelectors:
 
     @torch.no_grad()
     def evaluate(
-        self, method: MoELoraMerge, tasks: list[Task], settings: Any, accelerator: Accelerator
+        self, method: Routed, tasks: list[Task], settings: Any, accelerator: Accelerator
     ) -> dict[str, dict[str, dict[str, Any]]]:
         """Test on the test images of all tasks, learnt or not, without being told which task they are from.
 
@@ -175,9 +173,9 @@ class StreamSelectors:
             }
         return told
 
-    def _choose(self, method: MoELoraMerge, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, method: Routed, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Choose for each image by every variant: task ids and margins, both B x V."""
-        features = {source: method.model.frozen_features(source, pixel_values) for source in self.sources}
+        features = {source: method.frozen_features(source, pixel_values) for source in self.sources}
         chosen, margins = [], []
         for selector in self.selectors.values():
             scores_BT, bars_BT = selector.judge(features[selector.source].float())
@@ -190,7 +188,7 @@ class StreamSelectors:
 
     def _right(
         self,
-        method: MoELoraMerge,
+        method: Routed,
         task: Task,
         batch: Batch,
         chosen_BV: Tensor,
@@ -204,9 +202,7 @@ class StreamSelectors:
                 classes[router] = _class_features(method, task, router, accelerator)
             rows = (chosen_BV == router).any(dim=1).nonzero().flatten()
             with accelerator.autocast():
-                ids = torch.full_like(rows, router)
-                output = method.model.get_image_features(batch["pixel_values"][rows], task_ids=ids)
-                features_BP = F.normalize(output.pooler_output.float(), dim=-1)
+                features_BP = method.routed_image_features(batch["pixel_values"][rows], torch.full_like(rows, router))
                 hits_B = (features_BP @ classes[router].T).argmax(dim=1) == batch["labels"][rows]
             right_BV[rows] |= hits_B[:, None] & (chosen_BV[rows] == router)
         return right_BV
@@ -218,6 +214,6 @@ class StreamSelectors:
 
 def _class_features(method: Method, task: Task, router: int, accelerator: Accelerator) -> Tensor:
     """Encode a data set's classes by a router, or by the model without experts: C x P."""
-    method.model.set_task(None if router == NONE else method.learnt[router])
+    method.set_task(None if router == NONE else method.learnt[router])
     with accelerator.autocast():
         return method.class_features(task, accelerator.device)

@@ -12,7 +12,7 @@ from peft_moe_merge.mtil.data.batches import eval_batches
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.data.templates import TEMPLATES
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.stream import StreamSettings, accuracy
+from peft_moe_merge.mtil.stream import Stream, StreamSettings
 
 CLASSES = ("cat", "a rather long name of a dog", "sea horse", "8", "yin and yang symbol")
 
@@ -59,7 +59,7 @@ def test_texts_once_and_each_image_once(task, method, monkeypatch):
 
     monkeypatch.setattr(method, "class_features", texts)
     monkeypatch.setattr(type(method.processor.image_processor), "__call__", pixels)
-    value = accuracy(method, task, StreamSettings(eval_batch_size=4), Accelerator(cpu=True))
+    value = Stream([task], StreamSettings(eval_batch_size=4), Accelerator(cpu=True)).accuracy(method, task)
     assert asked == {"texts": 1, "images": 23} and 0 <= value <= 100
 
 

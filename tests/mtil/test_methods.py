@@ -278,12 +278,13 @@ def test_lora_per_task_learns_only_the_newest_adapter(make, tasks):
 
 def test_moe_adapters_is_ours_without_merging(run):
     adapters = run("moe_adapters", count=2)
-    assert adapters.merges == [[], []]
+    assert [of_task["merges"] for of_task in adapters.history] == [[], []]
     never = MethodSettings(**{**vars(SETTINGS), "merge_every": 1000})
     unmerged = run("moe_lora_merge", folder="unmerged", settings=never, count=2)
-    assert (adapters.matrix, adapters.losses, adapters.frozen) == (unmerged.matrix, unmerged.losses, unmerged.frozen)
+    assert (adapters.matrix, adapters.losses) == (unmerged.matrix, unmerged.losses)
+    assert adapters.history == unmerged.history
     assert run("moe_lora_merge", count=2).losses != adapters.losses
-    assert all(len(frozen) >= SETTINGS.freeze_top_k for frozen in adapters.frozen[0].values())
+    assert all(len(frozen) >= SETTINGS.freeze_top_k for frozen in adapters.history[0]["frozen"].values())
 
 
 # weights -------------------------------------------------------------------------------------------------------------

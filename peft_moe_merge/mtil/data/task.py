@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,19 @@ class Task:
                     f"without a class name; its classes are {dict(enumerate(self.class_names))}."
                 )
 
+    @cached_property
+    def content(self) -> str:
+        """Hash what the task is made of, its name apart: classes, templates, and every label and image of both splits.
+
+        Images are read, not decoded.
+        """
+        state = hashlib.sha256(json.dumps([self.class_names, self.templates]).encode())
+        for dataset in (self.train, self.test):
+            state.update(labels_of(dataset).astype("int64").tobytes())
+            for size_and_image in _image_files(dataset, self.name):
+                state.update(size_and_image)
+        return state.hexdigest()[:16]
+
     def prompts(self, template: str) -> list[str]:
         """Fill a template with every class name."""
         return [template.format(name) for name in self.class_names]
@@ -52,3 +71,12 @@ class Task:
 def labels_of(dataset: Dataset, column: str = "label") -> np.ndarray:
     """Read the labels and nothing else: no image is touched, and none copied."""
     return dataset.select_columns(column).with_format("numpy")[:][column]
+
+
+def _image_files(dataset: Dataset, task: str) -> Iterator[bytes]:
+    """Yield each image's file, the number of its bytes before them."""
+    files = dataset.select_columns("image").cast_column("image", Image(decode=False))
+    for row in tqdm(files, desc=f"content of {task}", leave=False, delay=2):
+        image = row["image"]
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        yield len(content).to_bytes(8, "little") + content

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,21 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, eval_batches
 from ..data.task import Task, labels_of
-from .distillation import distillation_loss
+from ..settings import check_at_least, setting
+from .distillation import ExtraBatchSettings, distillation_loss
 from .herding import herd
 from .whole_clip import WholeClip, frozen_copy
+
+
+@dataclass
+class ICaRLSettings(ExtraBatchSettings):
+    """Of iCaRL."""
+
+    exemplars: int = setting(500, "icarl: images kept, over all classes")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "exemplars")
 
 
 class ICaRL(WholeClip):
@@ -31,6 +45,7 @@ class ICaRL(WholeClip):
     """
 
     name = "icarl"
+    settings_class = ICaRLSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -39,16 +54,22 @@ class ICaRL(WholeClip):
         self.pixels_N3HW = torch.zeros(0, 3, size["height"], size["width"], dtype=torch.uint8)
         self.classes_N = torch.zeros(0, dtype=torch.long)  # numbered over all earlier tasks
 
+    @classmethod
+    def check(cls, settings: ICaRLSettings, tasks: Sequence[Task]) -> None:
+        """Refuse a memory that has no room for an image of every class."""
+        classes = 0
+        for task in tasks:
+            classes += len(task.class_names)
+            if settings.exemplars < classes:
+                raise ValueError(
+                    f"exemplars={settings.exemplars} is less than one image for each of the {classes} classes up to "
+                    f"task {task.name!r}; allow more."
+                )
+
     def begin_task(self, task: Task) -> None:
         self.task = task
         self.task_prompts = task.prompts(task.templates[0])
         self.earlier_prompts = [prompt for prompts in self.earlier for prompt in prompts]
-        classes = len(self.earlier_prompts) + len(self.task_prompts)
-        if self.settings.exemplars < classes:
-            raise ValueError(
-                f"exemplars={self.settings.exemplars} is less than one image for each of the {classes} classes up to "
-                f"task {task.name!r}; allow more."
-            )
         super().begin_task(task)
         self.teacher = frozen_copy(self.model)
         # of the task's seed, but apart from the generator that crops images: all methods see the same crops

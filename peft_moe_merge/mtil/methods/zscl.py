@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,23 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..data.reference import load_reference
 from ..data.task import Task
-from .distillation import distillation_loss
+from ..settings import check_at_least, setting
+from .distillation import ExtraBatchSettings, distillation_loss
 from .whole_clip import WholeClip, frozen_copy
+
+
+@dataclass
+class ZSCLSettings(ExtraBatchSettings):
+    """Of ZSCL."""
+
+    average_every: int = setting(10, "zscl: optimizer steps between the weights that are averaged")
+    reference: str = setting(
+        "mini", "zscl: 'mini', drawings; 'tiny_imagenet', from the Hub; or a folder <class>/<images>"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "average_every")
 
 
 class ZSCL(WholeClip):
@@ -29,11 +46,17 @@ class ZSCL(WholeClip):
     """
 
     name = "zscl"
+    settings_class = ZSCLSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.teacher = frozen_copy(self.model)
         self.reference = load_reference(self.settings.reference)
+
+    @classmethod
+    def check(cls, settings: ZSCLSettings, tasks: Sequence[Task]) -> None:
+        """Refuse a reference set that can't be had."""
+        load_reference(settings.reference)
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
