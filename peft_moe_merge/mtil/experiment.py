@@ -88,12 +88,14 @@ class Experiment:
                 raise ValueError(f"`{what}` must name at least one, and none twice; got {list(given)}.")
         if unknown := [name for name in methods if name not in METHODS]:
             raise ValueError(f"Unknown methods {unknown}; there are {list(METHODS)}.")
+        own = {name: METHODS[name].settings_class.of(self.methods) for name in methods}
         for name in methods:
-            METHODS[name].check(METHODS[name].settings_class.of(self.methods), self.tasks)
+            METHODS[name].check(own[name], self.tasks)
         for seed in seeds:
             self.stream(seed)
             for name in methods:
-                checkpoint.load(run_folder(output_dir, name, seed), {**self.fingerprint, "seed": seed}, resume)
+                shaped_by = {**self.fingerprint, **METHODS[name].content(own[name]), "seed": seed}
+                checkpoint.load(run_folder(output_dir, name, seed), shaped_by, resume)
 
     def run(
         self, method: str, seed: int, output_dir: str | Path, *, resume: bool = False, stop_after: int | None = None

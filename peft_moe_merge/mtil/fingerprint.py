@@ -28,7 +28,6 @@ MAY_DIFFER = frozenset(
         "data_dir",  # the content of the data is compared
         "cpu",  # the kind of device is compared
         "eval_batch_size",
-        "num_workers",
         "log_with",
         "push_to_hub",
         "license",

@@ -152,7 +152,7 @@ class Stream:
         if shaped_by is None:
             told = [self.settings, method.settings, *([selection] if selectors else [])]
             shaped_by = fingerprint(self.tasks, method.model, method.processor, self.accelerator, *told)
-        progress = Progress(settings={**shaped_by, "seed": seed})
+        progress = Progress(settings={**shaped_by, **method.content(method.settings), "seed": seed})
         done = checkpoint.load(output_dir, progress.settings, resume)
         if done is not None:
             progress, weights = done

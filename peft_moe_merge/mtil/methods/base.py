@@ -96,6 +96,11 @@ class Method(ABC):
     def check(cls, settings: Any, tasks: Sequence[Task]) -> None:
         """Raise an error if these tasks can't be learnt with these settings. Asked before anything trains."""
 
+    @classmethod
+    def content(cls, settings: Any) -> dict[str, str]:
+        """Hash by name what else a run is shaped by, beside settings, data and model, such as files that they name."""
+        return {}
+
     def begin_task(self, task: Task) -> None:
         """Get ready to train a task."""
         self.prompts = self.tokenize(task.prompts(task.templates[0]))

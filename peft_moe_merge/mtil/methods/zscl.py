@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..data.reference import load_reference
-from ..data.task import Task
+from ..data.task import Task, image_content
 from ..settings import check_at_least, setting
 from .distillation import ExtraBatchSettings, distillation_loss
 from .whole_clip import WholeClip, frozen_copy
@@ -57,6 +58,12 @@ class ZSCL(WholeClip):
     def check(cls, settings: ZSCLSettings, tasks: Sequence[Task]) -> None:
         """Refuse a reference set that can't be had."""
         load_reference(settings.reference)
+
+    @classmethod
+    def content(cls, settings: ZSCLSettings) -> dict[str, str]:
+        reference = load_reference(settings.reference)
+        sentences = hashlib.sha256("\n".join(reference.sentences).encode()).hexdigest()
+        return {"reference_content": image_content(reference.images, "the reference")[:16] + sentences[:16]}
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
