@@ -18,13 +18,11 @@ from tqdm import tqdm
 
 from peft_moe_merge.selection import (
     NONE,
+    SELECTORS,
     AlexNetFeatures,
-    AutoencoderSelector,
     FeatureSource,
-    GaussianSelector,
     ImageFeatures,
     PatchTokens,
-    PrototypeSelector,
     Selector,
     TextSelector,
     decide,
@@ -37,7 +35,8 @@ from .data.task import Task
 from .methods.base import Method, Routed
 from .settings import check_at_least, check_choices, setting
 
-SELECTORS = ("gaussian", "gaussian_classes", "autoencoder", "prototypes", "text")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"gaussian_classes": ("gaussian", {"per_class": True})}
+"""Selectors with other options than their defaults: by a name of their own, the kind and the options."""
 DECISIONS = ("per_image", "per_batch")
 
 
@@ -45,7 +44,7 @@ DECISIONS = ("per_image", "per_batch")
 class SelectorSettings:
     """Which selectors a stream tries, with methods that have routers."""
 
-    selectors: list[str] = setting([], "how to tell which task an image is from", choices=SELECTORS)
+    selectors: list[str] = setting([], "how to tell which task an image is from", choices=[*SELECTORS, *VARIANTS])
     selector_features: Literal["patch_tokens", "image_features", "alexnet"] = setting(
         "patch_tokens", "what they look at"
     )
@@ -55,7 +54,7 @@ class SelectorSettings:
     alexnet_weights: str | None = setting(None, "alexnet: safetensors of torchvision's AlexNet; default: random")
 
     def __post_init__(self):
-        check_choices(self, "selectors", SELECTORS)
+        check_choices(self, "selectors", [*SELECTORS, *VARIANTS])
         if self.selector_features not in ("patch_tokens", "image_features", "alexnet"):
             raise ValueError(
                 f"`selector_features` must be patch_tokens, image_features or alexnet, got {self.selector_features!r}."
@@ -71,15 +70,12 @@ class SelectorSettings:
 
     def build(self) -> dict[str, Selector]:
         """Make the selectors, by name."""
-        source, rate = self.source(), self.reject_rate
-        makers = {
-            "gaussian": lambda: GaussianSelector(source, reject_rate=rate),
-            "gaussian_classes": lambda: GaussianSelector(source, per_class=True, reject_rate=rate),
-            "autoencoder": lambda: AutoencoderSelector(source, reject_rate=rate),
-            "prototypes": lambda: PrototypeSelector(source, reject_rate=rate),
-            "text": lambda: TextSelector(ImageFeatures(), reject_rate=rate),
-        }
-        return {name: makers[name]() for name in self.selectors}
+        source, selectors = self.source(), {}
+        for name in self.selectors:
+            kind, options = VARIANTS.get(name, (name, {}))
+            own_source = ImageFeatures() if kind == TextSelector.kind else source  # what texts can be compared with
+            selectors[name] = SELECTORS[kind](own_source, reject_rate=self.reject_rate, **options)
+        return selectors
 
 
 class StreamSelectors:

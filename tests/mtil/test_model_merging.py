@@ -1,6 +1,7 @@
 """The comparison of merges: corruptions, splits, and a whole small study through files, stopped and resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,8 +107,11 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     rows = whole["rows"]
     assert rows["wemoe_mi"]["trainable_parameters"] == 3 * (64 * 64 + 64 + 64 * 2 + 2)
     assert rows["pretrained"]["stored_numbers"] == rows["ties"]["stored_numbers"] < rows["smile"]["stored_numbers"]
-    with pytest.raises(ValueError, match=r"other \['tasks'\]"):
+    with pytest.raises(ValueError, match="other settings: .*tasks was "):
         study.run_study(tasks[:1], *arguments[1:], tmp_path / "stopped", accelerator, **options)
+    fewer = replace(tasks[0], train=tasks[0].train.select(range(len(tasks[0].train) - 1)))
+    with pytest.raises(ValueError, match="other settings: data_content was '.*', is '.*'. Use those of the run"):
+        study.run_study([fewer, *tasks[1:]], *arguments[1:], tmp_path / "stopped", accelerator, **options)
 
     results = {"suite": "digits", "runs": [whole, resumed]}
     print_report(results)

@@ -6,7 +6,8 @@ import sys
 from dataclasses import Field, fields, make_dataclass
 from typing import Any
 
-from ..registry import discover
+from peft_moe_merge.registry import discover
+
 from ..settings import borrowed
 from .base import Method, Routed, Settings
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset
 
-from ...registry import discover
+from peft_moe_merge.registry import discover
+
 from ...settings import check_at_least, setting
 from ..folders import load_folders
 from ..task import Task, labels_of

@@ -11,12 +11,13 @@ from typing import TypeVar
 Kind = TypeVar("Kind")
 
 
-def discover(package: ModuleType, kind: type[Kind]) -> dict[str, type[Kind]]:
-    """Import all modules of a package, and return the classes of a kind that are defined there and have a `name`.
+def discover(package: ModuleType, kind: type[Kind], attribute: str = "name") -> dict[str, type[Kind]]:
+    """Import all modules of a package, and return the classes of a kind that are defined there, by their names.
 
     Args:
         package: with one class a module, or several.
-        kind: their common base. Bases without a `name` of their own, or with abstract methods, are left out.
+        kind: their common base. Classes that do not set `attribute` themselves, or have abstract methods, are left out.
+        attribute: that names a class.
 
     Raises:
         ValueError: two classes have the same name.
@@ -24,10 +25,10 @@ def discover(package: ModuleType, kind: type[Kind]) -> dict[str, type[Kind]]:
     found: dict[str, type[Kind]] = {}
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for one in vars(module).values():
+        for one in list(vars(module).values()):
             if not inspect.isclass(one) or not issubclass(one, kind) or one.__module__ != module.__name__:
                 continue
-            name = vars(one).get("name")
+            name = vars(one).get(attribute)
             if not isinstance(name, str) or inspect.isabstract(one):
                 continue
             if name in found:
