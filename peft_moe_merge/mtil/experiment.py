@@ -88,6 +88,7 @@ class Experiment:
                 raise ValueError(f"`{what}` must name at least one, and none twice; got {list(given)}.")
         if unknown := [name for name in methods if name not in METHODS]:
             raise ValueError(f"Unknown methods {unknown}; there are {list(METHODS)}.")
+        self.selection.check(*self.build_clip(), self.tasks[0])
         own = {name: METHODS[name].settings_class.of(self.methods) for name in methods}
         for name in methods:
             METHODS[name].check(own[name], self.tasks)

@@ -17,6 +17,10 @@ from .metrics.mtil import stream_metrics
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
 KEYS = ("suite", "tasks", "settings", "versions", "methods")
 METRICS = ("transfer", "average", "last", "forgetting")
+ANEW = (
+    "Give the results.json of a run. If it is damaged, delete it and start the run's command again with `--resume`: that "
+    "writes it anew, from the checkpoints."
+)
 TOLD = ("merges", "frozen", "usage")
 """What methods with experts tell; of others there are no such events."""
 RUN_KEYS = (
@@ -119,16 +123,13 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = without_nan(json.loads(path.read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}. Give the results.json of a run.") from error
+        raise ValueError(f"{str(path)!r} is not JSON: {error}. {ANEW}") from error
     lacking = _lacking(results, KEYS)
     if not lacking:
         runs = ((name, run) for name, runs in results["methods"].items() for run in runs)
         lacking = [f"{name}: {key}" for name, run in runs for key in _lacking(run, RUN_KEYS)]
     if lacking:
-        raise ValueError(
-            f"{str(path)!r} lacks {', '.join(lacking)}. Give the results.json of a run. If it is damaged, delete it and "
-            "start the run's command again with `--resume`: that writes it anew, from the checkpoints."
-        )
+        raise ValueError(f"{str(path)!r} lacks {', '.join(lacking)}. {ANEW}")
     return results
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
+from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.selection import (
     NONE,
@@ -30,7 +31,7 @@ from peft_moe_merge.selection import (
     save_selector,
 )
 
-from .data.batches import Batch
+from .data.batches import Batch, eval_batches
 from .data.task import Task
 from .methods.base import Method, Routed
 from .settings import check_at_least, check_choices, setting
@@ -76,6 +77,19 @@ class SelectorSettings:
             own_source = ImageFeatures() if kind == TextSelector.kind else source  # what texts can be compared with
             selectors[name] = SELECTORS[kind](own_source, reject_rate=self.reject_rate, **options)
         return selectors
+
+    @torch.no_grad()
+    def check(self, clip: CLIPModel, processor: CLIPProcessor, task: Task) -> None:
+        """Look at one image by all selectors' sources, so that what they lack is found before anything trains.
+
+        Raises:
+            ValueError, OSError, ImportError: the model is not as deep as `selector_depth`, there is no such file of
+                weights, or a package is missing.
+        """
+        if self.selectors:
+            (batch,) = eval_batches(task.test.select([0]), processor.image_processor, batch_size=1)
+            for selector in self.build().values():
+                selector.source(clip, batch["pixel_values"])
 
 
 class StreamSelectors:

@@ -189,6 +189,18 @@ def test_the_command_line_offers_choices(monkeypatch, capsys, tmp_path):
         ({"data": {"tasks": ["birds", "cars"]}}, ("finetune",), FileNotFoundError, "No task 'cars'"),
         ({"model": "no/such/clip"}, ("finetune",), OSError, "no/such/clip"),
         ({"training": {"lr": [1e-3] * 3}}, ("finetune",), ValueError, "3 learning rates for 2 tasks"),
+        (
+            {"selection": {"selectors": ["gaussian"], "selector_depth": 9}},
+            ("finetune", "moe_lora_merge"),
+            ValueError,
+            "depth=9, but the vision tower has 3 blocks",
+        ),
+        (
+            {"selection": {"selectors": ["gaussian"], "selector_features": "alexnet", "alexnet_weights": "no/file"}},
+            ("finetune", "moe_lora_merge"),
+            OSError,
+            "no/file",
+        ),
         ({}, ("finetune", "gradient_descent"), ValueError, r"Unknown methods \['gradient_descent'\]"),
         ({}, ("finetune", "finetune"), ValueError, "`methods` must name at least one, and none twice"),
     ],
@@ -196,6 +208,20 @@ def test_the_command_line_offers_choices(monkeypatch, capsys, tmp_path):
 def test_what_would_stop_a_run_later_stops_it_at_once(experiment, tmp_path, change, methods, error, message):
     with pytest.raises(error, match=message):
         play(experiment(**change), tmp_path, methods)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_refusals_advise_goes_through(experiment, tmp_path):
+    for change in (
+        {"methods": {"reference": "mini"}},
+        {"methods": {"exemplars": 4}},
+        {"data": {"few_shot": 4}},
+        {"data": {"tasks": ["tools", "birds"]}},
+        {"training": {"lr": [1e-3]}},
+        {"training": {"lr": [1e-3, 1e-4]}},
+        {"selection": {"selectors": ["gaussian"], "selector_depth": 3}},
+    ):
+        experiment(**change).check(list(METHODS), [0, 1], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -361,6 +387,11 @@ def test_results_that_lack_something_are_written_anew_as_advised(experiment, tmp
         path.unlink()
         assert play(experiment(), tmp_path, ("finetune",), (0, 1), resume=True) == told  # to the second: nothing ran
         assert read_results(path) == told
+    path.write_text('{"suite"')
+    with pytest.raises(ValueError, match="is not JSON: .*delete it and start the run's command again with `--resume`"):
+        play(experiment(), tmp_path, ("finetune",), (0, 1), resume=True)
+    path.unlink()
+    assert play(experiment(), tmp_path, ("finetune",), (0, 1), resume=True) == told
     del told["fingerprint"]
     write_results(path, told)
     with pytest.raises(ValueError, match="of another release. Choose another output folder"):
@@ -419,8 +450,10 @@ def test_a_checkpoint_that_was_renamed(experiment, tmp_path):
     play(experiment(), tmp_path, stop_after=1)
     folder = run_folder(tmp_path, "zero_shot", 0)
     (folder / "after_1").rename(folder / "after_2")
-    with pytest.raises(ValueError, match="after_2' tells of 1 tasks"):
+    with pytest.raises(ValueError, match="after_2' tells of 1 tasks.*Delete it to do the run anew"):
         play(experiment(), tmp_path, resume=True)
+    shutil.rmtree(folder / "after_2")  # as advised
+    assert len(play(experiment(), tmp_path, resume=True)["methods"]["zero_shot"][0]["matrix"]) == 2
 
 
 def test_content_of_a_task(images):

@@ -80,19 +80,19 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     accelerator = Accelerator(cpu=True)
     whole = study.run_study(*arguments, tmp_path / "whole", accelerator, **options)
 
-    done = []
-    row = study._row
+    written, write = [], study.write_results
 
-    def stopping(run, method, output_dir):
-        if len(done) == 4:
+    def stopping(file, result):
+        write(file, result)
+        written.append(len(result["rows"]))
+        if len(written) == 4:
             raise KeyboardInterrupt
-        done.append(method)
-        return row(run, method, output_dir)
 
-    monkeypatch.setattr(study, "_row", stopping)
+    monkeypatch.setattr(study, "write_results", stopping)
     with pytest.raises(KeyboardInterrupt):
         study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
-    monkeypatch.setattr(study, "_row", row)
+    monkeypatch.setattr(study, "write_results", write)
+    assert written == [1, 2, 3, 4]
     resumed = study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
 
     def without_seconds(result):
@@ -124,3 +124,11 @@ def test_report_means_and_spreads():
     assert average({"a": 10.0, "b": 20.0}) == 15.0
     assert over_seeds([{"x": 1.0}, {"x": 3.0}], lambda row: row["x"]) == "2.0 ±1.4"
     assert over_seeds([{}], average) == "-"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"finetune_steps": 0}, {"adapt_batch_size": 0}, {"adapt_lr": 0.0}, {"scaling": -0.3}]
+)
+def test_values_are_checked_when_they_are_given(wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must"):
+        study.StudySettings(**wrong)

@@ -81,7 +81,7 @@ class ICaRL(WholeClip):
             return super().loss(model, batch)
         device = batch["pixel_values"].device
         rows_X = torch.randperm(len(self.classes_N), generator=self.generator)[: self.settings.extra_batch_size]
-        pixels = torch.cat([batch["pixel_values"], self._normalized(self.pixels_N3HW[rows_X]).to(device)])
+        pixels = torch.cat([batch["pixel_values"], self.normalized(self.pixels_N3HW[rows_X]).to(device)])
         classes_X = self.classes_N[rows_X].to(device)
         tokens = self.tokenize(self.earlier_prompts + self.task_prompts)
         tokens = {name: ids.to(device) for name, ids in tokens.items()}
@@ -104,7 +104,8 @@ class ICaRL(WholeClip):
             logits[:, :old], teacher
         )
 
-    def _normalized(self, pixels_X3HW: Tensor) -> Tensor:
+    def normalized(self, pixels_X3HW: Tensor) -> Tensor:
+        """Turn kept images into what the model takes."""
         processor = self.processor.image_processor
         mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
         return (pixels_X3HW.float() * processor.rescale_factor - mean) / std

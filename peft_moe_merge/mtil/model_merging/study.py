@@ -24,7 +24,7 @@ from ..checkpoint import GO_ON
 from ..data.task import Task
 from ..fingerprint import differences, fingerprint
 from ..results import write_results
-from ..settings import setting
+from ..settings import check_at_least, check_positive, setting
 from .corruptions import corrupt
 from .finetune import accuracy, finetune
 from .images import TaskImages, batches, load_images
@@ -59,6 +59,10 @@ class StudySettings:
     adapt_batch_size: int = setting(16, "images per task and adaptation step")
     scaling: float = setting(0.3, "weight of task vectors")
     transductive: bool = setting(False, "adapt on the test images themselves, as the papers do")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "finetune_steps", "batch_size", "adapt_steps", "adapt_batch_size")
+        check_positive(self, "finetune_lr", "adapt_lr", "scaling")
 
 
 @dataclass(frozen=True)
