@@ -15,12 +15,22 @@ from peft_moe_merge.files import whole
 
 from .autoencoder import AutoencoderSelector
 from .base import Selector
+from .discriminant import DiscriminantSelector
 from .features import source_from_dict
 from .gaussian import GaussianSelector
 from .prototypes import PrototypeSelector, TextSelector
+from .ridge import RidgeSelector
 
 SELECTORS: dict[str, type[Selector]] = {
-    selector.kind: selector for selector in (GaussianSelector, AutoencoderSelector, PrototypeSelector, TextSelector)
+    selector.kind: selector
+    for selector in (
+        GaussianSelector,
+        DiscriminantSelector,
+        RidgeSelector,
+        AutoencoderSelector,
+        PrototypeSelector,
+        TextSelector,
+    )
 }
 WEIGHTS = "selector.safetensors"
 CONFIG = "selector.json"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Selector
 from .features import FeatureSource
 from .moments import Moments, shrink
+from .taskwise import TaskwiseSelector
 
 
-class GaussianSelector(Selector):
+class GaussianSelector(TaskwiseSelector):
     """A mean per task and one covariance for all: linear discriminant analysis that grows task by task.
 
     A task's score is the log-likelihood of the image up to a constant, `-d^2 / 2`, with `d` the Mahalanobis distance
@@ -93,7 +93,7 @@ class GaussianSelector(Selector):
         parts = (centre_F, whitening_FF, (means_SF - centre_F) @ whitening_FF)
         return *(part.to(device, torch.float32) for part in parts), [len(own["means"]) for own in self.own]
 
-    def scores(self, features_BF: Tensor) -> Tensor:
+    def decision_function(self, features_BF: Tensor) -> Tensor:
         centre_F, whitening_FF, means_SF, components = self.prepared(features_BF.device)
         with torch.autocast(features_BF.device.type, enabled=False):
             white_BF = (features_BF.float() - centre_F) @ whitening_FF

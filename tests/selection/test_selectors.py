@@ -168,9 +168,9 @@ def test_thresholds_move_with_the_covariance():
     old, new = torch.randn(2000, 4, generator=generator), 40 + 10 * torch.randn(2000, 4, generator=generator)
     selector = GaussianSelector(reject_rate=0.1, held_out=0.3)
     selector.fit("old", old)
-    before = selector.own[0]["threshold"].item()
+    before = selector.thresholds()[0].item()
     selector.fit("new", new)
-    assert selector.own[0]["threshold"] / before == pytest.approx(2 / 101, rel=0.1)  # (1 + 1) / (1 + 100)
+    assert selector.thresholds()[0].item() / before == pytest.approx(2 / 101, rel=0.1)  # (1 + 1) / (1 + 100)
     test = torch.randn(2000, 4, generator=generator)
     scores, bars = selector.judge(test)
     assert (scores[:, 0] < bars[:, 0]).float().mean().item() == pytest.approx(0.1, abs=0.03)
@@ -179,7 +179,7 @@ def test_thresholds_move_with_the_covariance():
 def test_prototypes_against_a_loop():
     selector = fitted(PrototypeSelector(held_out=1e-9), tasks=2)
     test = task_data(0, seed=1, images=10)[0]
-    scores = selector.scores(test)
+    scores = selector.decision_function(test)
     for image, row in zip(test, scores, strict=True):
         for task, score in enumerate(row):
             x, labels = task_data(task)
@@ -191,7 +191,7 @@ def test_prototypes_against_a_loop():
 def test_texts_against_a_loop():
     selector = fitted(TextSelector(), tasks=2)
     test = task_data(0, seed=1, images=10)[0]
-    for image, row in zip(test, selector.scores(test), strict=True):
+    for image, row in zip(test, selector.decision_function(test), strict=True):
         for task, score in enumerate(row):
             expected = max(nn.functional.cosine_similarity(image, text, dim=0).item() for text in texts(task))
             assert score.item() == pytest.approx(expected, abs=1e-5)
@@ -205,11 +205,11 @@ def test_autoencoder_is_the_published_one():
     hidden = torch.relu(target @ own["down_weight"].T + own["down_bias"])
     output = torch.sigmoid(hidden @ own["up_weight"].T + own["up_bias"])
     error = ((output - target) ** 2).mean(dim=1)
-    torch.testing.assert_close(selector.scores(test)[:, 0], -error, rtol=1e-5, atol=1e-7)
-    assert own["down_weight"].shape == (5, WIDTH) and selector.bytes_per_task == 4 * (2 * 5 * WIDTH + 5 + WIDTH) + 8
+    torch.testing.assert_close(selector.decision_function(test)[:, 0], -error, rtol=1e-5, atol=1e-7)
+    assert own["down_weight"].shape == (5, WIDTH) and selector.bytes_per_task == 4 * (2 * 5 * WIDTH + 5 + WIDTH) + 16
     longer = AutoencoderSelector(bottleneck=5, iterations=600, held_out=0.2)
     longer.fit("a", task_data(0)[0])
-    assert longer.scores(test).mean() > selector.scores(test).mean(), "training lowers the error"
+    assert longer.decision_function(test).mean() > selector.decision_function(test).mean(), "training lowers the error"
 
 
 def test_autoencoder_threshold_and_reference():
@@ -359,8 +359,8 @@ def test_few_images_fall_back_to_shrinkage_and_say_so():
     with pytest.warns(UserWarning, match="fewer than a covariance of 12 features needs") as said:
         selector.fit("few", task_data(0, images=9)[0])
     assert any("held-out images, too few" in str(warning.message) for warning in said)
-    assert selector.scores(task_data(0, seed=1)[0]).isfinite().all()
+    assert selector.decision_function(task_data(0, seed=1)[0]).isfinite().all()
     with pytest.warns(UserWarning, match="shrunk by 100%"):
         selector = GaussianSelector(held_out=1e-9)
         selector.fit("one", task_data(0, images=1)[0])
-    assert selector.scores(task_data(0, seed=1)[0]).isfinite().all()
+    assert selector.decision_function(task_data(0, seed=1)[0]).isfinite().all()
