@@ -5,7 +5,6 @@ Shapes: B images, F features, T tasks, A allowed tasks, C classes of a task, P p
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -56,8 +55,8 @@ class Selector(ABC):
 
     A task is fitted from its own images alone. A part of them, drawn by the seed, is held out of the fit: the
     task's threshold is the quantile `reject_rate` of their scores for it, so that about this share of a task's own
-    images is taken for "none of them". The mean of B scores scatters less, by `1 / sqrt(B)`; so the threshold of a
-    batch lies between the mean of the held-out scores and that quantile, nearer to the mean by this factor.
+    images is taken for "none of them". The mean of B scores lies nearer to the mean of the N held-out ones, by
+    `sqrt(1 / B + 1 / N)`; so the threshold of a batch does.
 
     Args:
         source: where features come from once the selector is attached to a model; `ImageFeatures()` if None.
@@ -211,12 +210,15 @@ class Selector(ABC):
         return self.thresholds(together).to(scores_BT.device, torch.float32).expand_as(scores_BT)
 
     def thresholds(self, together: int = 1) -> Tensor:
-        """Return each task's threshold for the mean score of so many images: FloatTensor[T]."""
+        """Return each task's threshold for the mean score of so many images: DoubleTensor[T]."""
+        # a file of the first release has the quantile alone: nothing to scale by
         levels = [own["threshold"].flatten() for own in self.own]
-        quantile_T = torch.stack([level[0] for level in levels])
-        mean_T = torch.stack([level[-1] for level in levels])  # a file of the first release has the quantile alone
-        scaled_T = mean_T + (quantile_T - mean_T) / math.sqrt(max(together, 1))
-        return scaled_T.where(quantile_T.isfinite(), quantile_T)
+        quantile_T, mean_T, images_T = (
+            torch.stack([level[place] if len(level) > 1 else fallback(level[0]) for level in levels])
+            for place, fallback in enumerate((torch.clone, torch.clone, torch.ones_like))
+        )
+        scale_T = ((1 / max(together, 1) + 1 / images_T) / (1 + 1 / images_T)).sqrt()
+        return (mean_T + (quantile_T - mean_T) * scale_T).where(quantile_T.isfinite(), quantile_T)
 
     def scores(self, features_BF: Tensor) -> Tensor:
         """Return `decision_function(features_BF)`, by the name it had first."""

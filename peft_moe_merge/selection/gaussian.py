@@ -80,7 +80,11 @@ class GaussianSelector(TaskwiseSelector):
                 for state in (self.shared, shared)
             )
             if before > 0:
-                self.own = [{**of_old, "threshold": of_old["threshold"] * (now / before)} for of_old in self.own]
+                factors = torch.stack([now / before, now / before, torch.ones_like(now)])  # quantile, mean, images
+                self.own = [
+                    {**of_old, "threshold": of_old["threshold"].flatten() * factors[: of_old["threshold"].numel()]}
+                    for of_old in self.own
+                ]
         super()._add(task, own, shared, held_out)
 
     def _prepare(self, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:

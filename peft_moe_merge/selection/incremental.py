@@ -124,7 +124,7 @@ class IncrementalSelector(Selector):
             "kept_draws": torch.zeros(0, dtype=torch.float64),
             "kept_labels": torch.zeros(0, dtype=torch.int64),
             "images": torch.zeros((), dtype=torch.int64),
-            "threshold": torch.full((2,), -torch.inf, dtype=torch.float64),
+            "threshold": torch.tensor([-torch.inf, -torch.inf, 0.0], dtype=torch.float64),
         }
         return empty | self._empty_sums(width)
 
@@ -169,4 +169,4 @@ class IncrementalSelector(Selector):
                 kept_KF = own["kept"].to(device)
                 known_K = self.known(kept_KF, self.decision_function(kept_KF))[:, position].double().cpu()
                 quantile = known_K.quantile(self.reject_rate, interpolation="lower")
-                own["threshold"] = torch.stack([quantile, known_K.mean()])
+                own["threshold"] = torch.stack([quantile, known_K.mean(), known_K.new_tensor(len(known_K))])

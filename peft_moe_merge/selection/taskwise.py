@@ -39,16 +39,16 @@ class TaskwiseSelector(Selector):
         self.shared = shared
         self.tasks = [*self.tasks, task]
         self._prepared = {}
-        threshold = mean = -math.inf
+        levels = [-math.inf, -math.inf, 0.0]
         if self.reject_rate > 0:
             held_out_NF = torch.cat(held_out)
             self._warn_of_few(task, len(held_out_NF))
             if len(held_out_NF):
                 own_scores_N = self.decision_function(held_out_NF)[:, -1].double()
                 # the order statistic itself: what lies between two of few values is nobody's score
-                threshold = own_scores_N.quantile(self.reject_rate, interpolation="lower").item()
-                mean = own_scores_N.mean().item()
-        own["threshold"] = torch.tensor([threshold, mean], dtype=torch.float64)
+                quantile = own_scores_N.quantile(self.reject_rate, interpolation="lower").item()
+                levels = [quantile, own_scores_N.mean().item(), float(len(held_out_NF))]
+        own["threshold"] = torch.tensor(levels, dtype=torch.float64)
 
     def _training_part(
         self, task: str, features: Batches, held_out: list[Tensor]
