@@ -67,8 +67,9 @@ class DiscriminantSelector(IncrementalSelector):
         means: one per "tasks", or per "classes", equally likely within a task; needs labels.
         shared: to choose from, in [0, 1]. With 1 alone a task adds its means, else 8 F^2 bytes more.
         shrinkage: to choose from, in [0, 1].
-        none_by: how an image is found to be none of the tasks': by the "density" of the best one, or "relative" to that
-            of one Gaussian over all images so far (arXiv 2106.09022).
+        none_by: how an image is found to be none of the tasks': by the "density" of the best one; or "relative", by how
+            much its density under the covariance of all tasks exceeds that of one Gaussian over all images so far (the
+            relative Mahalanobis distance, arXiv 2106.09022).
     """
 
     kind = "discriminant"
@@ -80,7 +81,7 @@ class DiscriminantSelector(IncrementalSelector):
         *,
         means: Literal["tasks", "classes"] = "tasks",
         shared: Sequence[float] = (0.0, 0.3, 0.6, 0.9, 1.0),
-        shrinkage: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3),
+        shrinkage: Sequence[float] = (0.003, 0.01, 0.03, 0.1),
         none_by: Literal["density", "relative"] = "density",
         **options: Any,
     ):
@@ -129,8 +130,7 @@ class DiscriminantSelector(IncrementalSelector):
     def _components(self, share: float, intensity: float) -> list[Component]:
         """Make every task's Gaussians by the two shares, in float64."""
         images = torch.stack([own["counts"].sum() for own in self.own])
-        within_FF = self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
-        pooled_FF = within_FF / images.sum()
+        pooled_FF = self._within() / images.sum()
         floor = (pooled_FF.diagonal().mean().item() or 1.0) * 1e-6
         made = []
         for own, count in zip(self.own, images, strict=True):
@@ -167,25 +167,35 @@ class DiscriminantSelector(IncrementalSelector):
                         best = loss, share, intensity, temperature
         return best[1:]
 
-    def _prepare(self, device: torch.device) -> tuple[list[Component], Component]:
+    def _prepare(self, device: torch.device) -> dict[str, list[Component]]:
         share, intensity, _ = self.choose()
-        made = self._components(share, intensity)
+        made = {"tasks": self._components(share, intensity)}
+        if self.none_by == "relative":
+            made |= {"alike": self._components(1.0, intensity), "background": [self._background()]}
+        return {name: [one.to(device, torch.float32) for one in of_name] for name, of_name in made.items()}
+
+    def _background(self) -> Component:
+        """Make one Gaussian of all images, by the scatter within and between components."""
         means_CF = torch.cat([own["means"] for own in self.own])
         counts_C = torch.cat([own["counts"] for own in self.own])
         centre_F = counts_C @ means_CF / counts_C.sum()
-        within_FF = self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
-        total_FF = within_FF + (means_CF - centre_F).T @ (counts_C[:, None] * (means_CF - centre_F))
-        background = component(centre_F[None], shrink(total_FF / counts_C.sum(), counts_C.sum().item())[0])
-        return [one.to(device, torch.float32) for one in made], background.to(device, torch.float32)
+        between_FF = (means_CF - centre_F).T @ (counts_C[:, None] * (means_CF - centre_F))
+        return component(
+            centre_F[None], shrink((self._within() + between_FF) / counts_C.sum(), counts_C.sum().item())[0]
+        )
+
+    def _within(self) -> Tensor:
+        return self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
+
+    def _log_densities(self, which: str, features_BF: Tensor) -> Tensor:
+        with torch.autocast(features_BF.device.type, enabled=False):
+            made = self.prepared(features_BF.device)[which]
+            return torch.stack([one.log_density(features_BF.float()) for one in made], dim=1)
 
     def decision_function(self, features_BF: Tensor) -> Tensor:
-        made, _ = self.prepared(features_BF.device)
-        with torch.autocast(features_BF.device.type, enabled=False):
-            return torch.stack([one.log_density(features_BF.float()) for one in made], dim=1)
+        return self._log_densities("tasks", features_BF)
 
     def known(self, features_BF: Tensor, scores_BT: Tensor) -> Tensor:
         if self.none_by == "density":
             return scores_BT
-        _, background = self.prepared(features_BF.device)
-        with torch.autocast(features_BF.device.type, enabled=False):
-            return scores_BT - background.log_density(features_BF.float())[:, None]
+        return self._log_densities("alike", features_BF) - self._log_densities("background", features_BF)
