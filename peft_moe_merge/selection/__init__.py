@@ -8,6 +8,7 @@ model.attach_selector(selector)                  # from now on the model selects
 
 from .autoencoder import AutoencoderSelector
 from .base import NONE, Selector, decide
+from .candidates import Candidates, tasks_of_candidates
 from .discriminant import DiscriminantSelector
 from .features import AlexNetFeatures, Depths, FeatureSource, ImageFeatures, PatchTokens
 from .files import SELECTORS, load_selector, save_selector
@@ -21,6 +22,7 @@ __all__ = [
     "SELECTORS",
     "AlexNetFeatures",
     "AutoencoderSelector",
+    "Candidates",
     "Depths",
     "DiscriminantSelector",
     "FeatureSource",
@@ -35,4 +37,5 @@ __all__ = [
     "decide",
     "load_selector",
     "save_selector",
+    "tasks_of_candidates",
 ]

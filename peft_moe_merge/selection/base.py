@@ -158,7 +158,9 @@ class Selector(ABC):
     # ------------------------------------------------------------------------------------------------------- selecting
 
     @torch.no_grad()
-    def select(self, features_BF: Tensor, allowed: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def select(
+        self, features_BF: Tensor, allowed: Sequence[int] | None = None, may_be_none: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Choose a task for each image.
 
         Per image the choice does not depend on the other images of the batch; with `per_batch` it is one for all.
@@ -166,6 +168,7 @@ class Selector(ABC):
         Args:
             features_BF: of the images.
             allowed: ids of the tasks to choose from, at least one; None allows all.
+            may_be_none: False takes the best task whatever its score, for images that are known to be from one.
 
         Returns:
             task_ids LongTensor[B], positions in `tasks` or -1 for none of them; and scores FloatTensor[B, T], the
@@ -180,6 +183,8 @@ class Selector(ABC):
                 f"`allowed` must be ids of the {len(self.tasks)} tasks, at least one; got {list(allowed)}."
             )
         scores_BT, bars_BT = self.judge(features_BF, len(features_BF) if self.per_batch else 1)
+        if not may_be_none:
+            bars_BT = torch.full_like(bars_BT, -torch.inf)
         task_ids_B, _ = decide(scores_BT, bars_BT, self.per_batch, allowed)
         return task_ids_B, scores_BT
 
