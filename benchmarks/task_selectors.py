@@ -66,13 +66,19 @@ SELECTORS: dict[str, tuple[Callable[..., Selector], list[dict]]] = {
     "linear": (DiscriminantSelector, [{**means, **LINEAR} for means in BOTH_MEANS]),
     "quadratic": (DiscriminantSelector, [{**means, **QUADRATIC} for means in BOTH_MEANS]),
     "discriminant": (DiscriminantSelector, BOTH_MEANS),
-    "discriminant, none relative": (DiscriminantSelector, [{**means, "none_by": "relative"} for means in BOTH_MEANS]),
+    "discriminant, one threshold": (DiscriminantSelector, [{**means, "thresholds_by": "all"} for means in BOTH_MEANS]),
     "gaussian": (GaussianSelector, [{}]),
     "gaussian_classes": (GaussianSelector, [{"per_class": True}]),
     "autoencoder": (AutoencoderSelector, [{}]),
     "prototypes": (PrototypeSelector, [{}]),
     "text": (TextSelector, [{}]),
 }
+
+VARIANTS = {
+    "ridge, none by score": ("ridge", "none_by", "score"),
+    "discriminant, one threshold": ("discriminant", "thresholds_by", "all"),
+}
+"""Which selectors choose between tasks as another does, and reject otherwise: of which, and by what option."""
 
 
 @dataclass
@@ -154,7 +160,7 @@ def choose(features: Features, sources: list[FeatureSource], names: list[str], s
     best: dict[tuple[str, str], tuple[float, FeatureSource, dict]] = {}
     for name in names:
         for source, options in tqdm(configurations(name, sources), desc=name, leave=False):
-            if "none_by" in options:
+            if name in VARIANTS:
                 continue  # the choice among tasks is that of the same without; taken over below
             selector = fit_all(name, source, options, features, held_out, seed)
             rate = own_task_rate(selector, features, held_out)
@@ -163,13 +169,10 @@ def choose(features: Features, sources: list[FeatureSource], names: list[str], s
                 if (group, name) not in best or rate > best[group, name][0]:
                     best[group, name] = rate, source, options
     for group in ("small", "any"):
-        for name, of, how in (
-            ("ridge, none by score", "ridge", "score"),
-            ("discriminant, none relative", "discriminant", "relative"),
-        ):
+        for name, (of, option, value) in VARIANTS.items():
             if name in names and (group, of) in best:
                 rate, source, options = best[group, of]
-                best[group, name] = rate, source, {**options, "none_by": how}
+                best[group, name] = rate, source, {**options, option: value}
     return best
 
 

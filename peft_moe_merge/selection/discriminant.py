@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .features import FeatureSource
 from .incremental import IncrementalSelector, State
-from .moments import Moments, shrink
+from .moments import Moments
 
 TEMPERATURES = torch.logspace(-4, 1, 21, dtype=torch.float64)
 
@@ -67,9 +67,6 @@ class DiscriminantSelector(IncrementalSelector):
         means: one per "tasks", or per "classes", equally likely within a task; needs labels.
         shared: to choose from, in [0, 1]. With 1 alone a task adds its means, else 8 F^2 bytes more.
         shrinkage: to choose from, in [0, 1].
-        none_by: how an image is found to be none of the tasks': by the "density" of the best one; or "relative", by how
-            much its density under the covariance of all tasks exceeds that of one Gaussian over all images so far (the
-            relative Mahalanobis distance, arXiv 2106.09022).
     """
 
     kind = "discriminant"
@@ -82,27 +79,21 @@ class DiscriminantSelector(IncrementalSelector):
         means: Literal["tasks", "classes"] = "tasks",
         shared: Sequence[float] = (0.0, 0.3, 0.6, 0.9, 1.0),
         shrinkage: Sequence[float] = (0.003, 0.01, 0.03, 0.1),
-        none_by: Literal["density", "relative"] = "density",
         **options: Any,
     ):
         super().__init__(source, **options)
-        for name, value, known in (
-            ("means", means, ("tasks", "classes")),
-            ("none_by", none_by, ("density", "relative")),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
+        if means not in ("tasks", "classes"):
+            raise ValueError(f"`means` must be 'tasks' or 'classes', got {means!r}.")
         for name, values in (("shared", shared), ("shrinkage", shrinkage)):
             if not values or not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"`{name}` must be shares in [0, 1], at least one; got {list(values)}.")
-        self.means, self.none_by = means, none_by
+        self.means = means
         self.shared_shares, self.shrinkage = tuple(shared), tuple(shrinkage)
         self.linear = set(shared) == {1.0}
         self.own_names = (*self.kept_names, "images", "counts", "means", *(() if self.linear else ("scatter",)))
 
     def options(self) -> dict[str, Any]:
-        further = {"means": self.means, "none_by": self.none_by}
-        further |= {"shared": list(self.shared_shares), "shrinkage": list(self.shrinkage)}
+        further = {"means": self.means, "shared": list(self.shared_shares), "shrinkage": list(self.shrinkage)}
         return {**super().options(), **further}
 
     @property
@@ -130,7 +121,8 @@ class DiscriminantSelector(IncrementalSelector):
     def _components(self, share: float, intensity: float) -> list[Component]:
         """Make every task's Gaussians by the two shares, in float64."""
         images = torch.stack([own["counts"].sum() for own in self.own])
-        pooled_FF = self._within() / images.sum()
+        within_FF = self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
+        pooled_FF = within_FF / images.sum()
         floor = (pooled_FF.diagonal().mean().item() or 1.0) * 1e-6
         made = []
         for own, count in zip(self.own, images, strict=True):
@@ -167,35 +159,11 @@ class DiscriminantSelector(IncrementalSelector):
                         best = loss, share, intensity, temperature
         return best[1:]
 
-    def _prepare(self, device: torch.device) -> dict[str, list[Component]]:
+    def _prepare(self, device: torch.device) -> list[Component]:
         share, intensity, _ = self.choose()
-        made = {"tasks": self._components(share, intensity)}
-        if self.none_by == "relative":
-            made |= {"alike": self._components(1.0, intensity), "background": [self._background()]}
-        return {name: [one.to(device, torch.float32) for one in of_name] for name, of_name in made.items()}
-
-    def _background(self) -> Component:
-        """Make one Gaussian of all images, by the scatter within and between components."""
-        means_CF = torch.cat([own["means"] for own in self.own])
-        counts_C = torch.cat([own["counts"] for own in self.own])
-        centre_F = counts_C @ means_CF / counts_C.sum()
-        between_FF = (means_CF - centre_F).T @ (counts_C[:, None] * (means_CF - centre_F))
-        return component(
-            centre_F[None], shrink((self._within() + between_FF) / counts_C.sum(), counts_C.sum().item())[0]
-        )
-
-    def _within(self) -> Tensor:
-        return self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
-
-    def _log_densities(self, which: str, features_BF: Tensor) -> Tensor:
-        with torch.autocast(features_BF.device.type, enabled=False):
-            made = self.prepared(features_BF.device)[which]
-            return torch.stack([one.log_density(features_BF.float()) for one in made], dim=1)
+        return [one.to(device, torch.float32) for one in self._components(share, intensity)]
 
     def decision_function(self, features_BF: Tensor) -> Tensor:
-        return self._log_densities("tasks", features_BF)
-
-    def known(self, features_BF: Tensor, scores_BT: Tensor) -> Tensor:
-        if self.none_by == "density":
-            return scores_BT
-        return self._log_densities("alike", features_BF) - self._log_densities("background", features_BF)
+        made = self.prepared(features_BF.device)
+        with torch.autocast(features_BF.device.type, enabled=False):
+            return torch.stack([one.log_density(features_BF.float()) for one in made], dim=1)

@@ -6,7 +6,7 @@ Shapes: B images, K images kept for calibration, F features, T tasks.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class IncrementalSelector(Selector):
     Args:
         source, reject_rate, held_out, per_batch, seed: see `Selector`.
         calibration: how many images of a task are kept at most, by their features; 4 F bytes each.
+        thresholds_by: "task", so that of each task about the same share is rejected; or "all", one threshold for the
+            best fit of all tasks, so that about this share is rejected of all together, but more of some tasks.
 
     Raises:
         ValueError: for settings out of range.
@@ -36,14 +38,24 @@ class IncrementalSelector(Selector):
 
     kept_names = ("kept", "kept_draws", "kept_labels")
 
-    def __init__(self, source: FeatureSource | None = None, *, calibration: int = 128, **options: Any):
+    def __init__(
+        self,
+        source: FeatureSource | None = None,
+        *,
+        calibration: int = 128,
+        thresholds_by: Literal["task", "all"] = "task",
+        **options: Any,
+    ):
         super().__init__(source, **options)
         if calibration < 1:
             raise ValueError(f"`calibration` must be at least 1 image per task, got {calibration}.")
+        if thresholds_by not in ("task", "all"):
+            raise ValueError(f"`thresholds_by` must be 'task' or 'all', got {thresholds_by!r}.")
         self.calibration = calibration
+        self.thresholds_by = thresholds_by
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "calibration": self.calibration}
+        return {**super().options(), "calibration": self.calibration, "thresholds_by": self.thresholds_by}
 
     # --------------------------------------------------------------------------------------------------------- fitting
 
@@ -164,9 +176,14 @@ class IncrementalSelector(Selector):
     @torch.no_grad()
     def _calibrate(self, device: torch.device) -> None:
         """Set all thresholds from the images kept."""
+        if self.reject_rate == 0:
+            return
+        known = []
         for position, own in enumerate(self.own):
-            if len(own["kept"]) and self.reject_rate > 0:
-                kept_KF = own["kept"].to(device)
-                known_K = self.known(kept_KF, self.decision_function(kept_KF))[:, position].double().cpu()
-                quantile = known_K.quantile(self.reject_rate, interpolation="lower")
+            kept_KF = own["kept"].to(device)
+            known.append(self.known(kept_KF, self.decision_function(kept_KF))[:, position].double().cpu())
+        for own, known_K in zip(self.own, known, strict=True):
+            of = known_K if self.thresholds_by == "task" else torch.cat(known)
+            if len(known_K):
+                quantile = of.quantile(self.reject_rate, interpolation="lower")
                 own["threshold"] = torch.stack([quantile, known_K.mean(), known_K.new_tensor(len(known_K))])

@@ -14,7 +14,7 @@ VARIANTS = {
     "ridge": lambda **options: make("ridge", **options),
     "ridge on classes": lambda **options: make("ridge", labels="classes", none_by="score", **options),
     "discriminant": lambda **options: DiscriminantSelector(**options),
-    "class means": lambda **options: DiscriminantSelector(means="classes", none_by="relative", **options),
+    "class means": lambda **options: DiscriminantSelector(means="classes", thresholds_by="all", **options),
     "linear": lambda **options: DiscriminantSelector(shared=(1.0,), means="classes", **options),
 }
 ALL = {"held_out": 1e-9, "reject_rate": 0}  # nothing held out
@@ -144,9 +144,7 @@ def test_linear_is_scikit_learns():
 @pytest.mark.parametrize("share, intensity", [(0.4, 0.3), (1.0, 0.1), (0.0, 0.6)])
 def test_between_linear_and_quadratic(share, intensity):
     """Two passes over everything, and scipy's densities."""
-    selector = DiscriminantSelector(
-        means="classes", shared=(share,), shrinkage=(intensity,), none_by="relative", **ALL
-    )
+    selector = DiscriminantSelector(means="classes", shared=(share,), shrinkage=(intensity,), **ALL)
     scatters, means, counts = [], [], []
     for task in range(3):
         x, labels = task_data(task)
@@ -195,16 +193,25 @@ def test_what_is_chosen_fits_the_images_kept_best():
             assert loss >= best - 1e-4
 
 
-@pytest.mark.parametrize("none_by", ["density", "relative"])
-def test_discriminants_reject_the_unknown(none_by):
-    selector = DiscriminantSelector(none_by=none_by, reject_rate=0.1, held_out=0.3, calibration=400)
+@pytest.mark.parametrize("thresholds_by", ["task", "all"])
+def test_discriminants_reject_the_unknown(thresholds_by):
+    """Task 2 scatters three times as far: by one threshold for all it is rejected more often, the others less."""
+    selector = DiscriminantSelector(
+        shared=(1.0,), thresholds_by=thresholds_by, reject_rate=0.1, held_out=0.3, calibration=400
+    )
+
+    def images(task, seed=0):
+        x = task_data(task, images=2000, seed=seed)[0]
+        return x if task != 2 else x.mean(dim=0) + 3 * (x - x.mean(dim=0))
+
     for task in range(3):
-        selector.fit(f"task {task}", task_data(task, images=2000)[0])
-    for task in range(3):
-        ids = selector.predict(task_data(task, seed=1, images=2000)[0])
-        assert (ids == -1).float().mean().item() == pytest.approx(0.1, abs=0.05)
-    if none_by == "density":
-        assert (selector.predict(task_data(5)[0]) == -1).float().mean() > 0.9
+        selector.fit(f"task {task}", images(task))
+    rejected = [(selector.predict(images(task, seed=1)) == -1).float().mean().item() for task in range(3)]
+    if thresholds_by == "task":
+        assert rejected == pytest.approx([0.1] * 3, abs=0.08)
+    else:
+        assert sum(rejected) / 3 == pytest.approx(0.1, abs=0.04) and rejected[2] > 0.2 and max(rejected[:2]) < 0.05
+    assert len(set(selector.thresholds().tolist())) == (3 if thresholds_by == "task" else 1)
 
 
 def test_a_duplicate_is_held_out_with_its_twin():
@@ -222,8 +229,8 @@ def test_a_duplicate_is_held_out_with_its_twin():
 def test_bad_input():
     for options, message in (
         ({"calibration": 0}, "`calibration`"),
-        ({"means": "images"}, "`means` must be one of"),
-        ({"none_by": "chance"}, "`none_by` must be one of"),
+        ({"means": "images"}, "`means` must be"),
+        ({"thresholds_by": "chance"}, "`thresholds_by` must be"),
         ({"shared": (1.5,)}, "`shared` must be shares"),
         ({"shrinkage": ()}, "`shrinkage` must be shares"),
     ):
