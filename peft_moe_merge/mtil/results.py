@@ -67,7 +67,7 @@ def selection_result(progress: Progress) -> dict[str, Any]:
     """Sum up what came of choosing tasks by selectors.
 
     Returns:
-        Per selector and decision (`per_image`, `per_batch`) the stream's metrics as if these were a method; per learnt
+        Per selector and decision (`per_image`, `per_batch`, `candidates`) the stream's metrics as if these were a method; per learnt
         task the `confusion` (data sets x (tasks + none), counts), `selected_right` (percent per data set) and `auroc`
         of telling tasks not learnt yet from the others; and per selector `bytes_per_task`.
     """

@@ -21,6 +21,8 @@ from peft_moe_merge.selection import (
     NONE,
     SELECTORS,
     AlexNetFeatures,
+    Candidates,
+    Depths,
     FeatureSource,
     ImageFeatures,
     PatchTokens,
@@ -29,16 +31,25 @@ from peft_moe_merge.selection import (
     decide,
     load_selector,
     save_selector,
+    tasks_of_candidates,
 )
+from peft_moe_merge.selection.features import TOKENS
 
 from .data.batches import Batch, eval_batches
 from .data.task import Task
 from .methods.base import Method, Routed
 from .settings import check_at_least, check_choices, setting
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"gaussian_classes": ("gaussian", {"per_class": True})}
+CLASSES = {"means": "classes"}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gaussian_classes": ("gaussian", {"per_class": True}),
+    "discriminant_classes": ("discriminant", CLASSES),
+    "lda": ("discriminant", {**CLASSES, "shared": (1.0,)}),
+    "qda": ("discriminant", {**CLASSES, "shared": (0.0,)}),
+}
 """Selectors with other options than their defaults: by a name of their own, the kind and the options."""
-DECISIONS = ("per_image", "per_batch")
+DECISIONS = ("per_image", "per_batch", "candidates")
+"""`candidates` is per image too, but told which classes are asked about: those of the image's data set."""
 
 
 @dataclass
@@ -46,19 +57,19 @@ class SelectorSettings:
     """Which selectors a stream tries, with methods that have routers."""
 
     selectors: list[str] = setting([], "how to tell which task an image is from", choices=[*SELECTORS, *VARIANTS])
-    selector_features: Literal["patch_tokens", "image_features", "alexnet"] = setting(
+    selector_features: Literal["patch_tokens", "depths", "image_features", "alexnet"] = setting(
         "patch_tokens", "what they look at"
     )
-    selector_depth: int = setting(2, "patch_tokens: blocks of the frozen vision tower that run for them")
+    selector_depth: int = setting(2, "patch_tokens, depths: blocks of the frozen vision tower that run for them")
     selector_batch: int = setting(64, "images, all of one data set, that are decided together 'per batch'")
     reject_rate: float = setting(0.05, "share of a task's own images that may be taken for none of the tasks")
     alexnet_weights: str | None = setting(None, "alexnet: safetensors of torchvision's AlexNet; default: random")
 
     def __post_init__(self):
         check_choices(self, "selectors", [*SELECTORS, *VARIANTS])
-        if self.selector_features not in ("patch_tokens", "image_features", "alexnet"):
+        if self.selector_features not in ("patch_tokens", "depths", "image_features", "alexnet"):
             raise ValueError(
-                f"`selector_features` must be patch_tokens, image_features or alexnet, got {self.selector_features!r}."
+                f"`selector_features` must be patch_tokens, depths, image_features or alexnet, got {self.selector_features!r}."
             )
         check_at_least(self, 1, "selector_batch")
         self.build()  # so that values out of range are refused before anything runs
@@ -67,6 +78,8 @@ class SelectorSettings:
         """Return where features come from."""
         if self.selector_features == "patch_tokens":
             return PatchTokens(self.selector_depth)
+        if self.selector_features == "depths":
+            return Depths((self.selector_depth,), tuple(TOKENS))
         return ImageFeatures() if self.selector_features == "image_features" else AlexNetFeatures(self.alexnet_weights)
 
     def build(self) -> dict[str, Selector]:
@@ -162,8 +175,9 @@ class StreamSelectors:
             classes: dict[int, Tensor] = {}
             hits = torch.zeros(len(variants))
             total = 0
+            evidence = tasks_of_candidates(task.class_names, [known.class_names for known in tasks[:learnt]])
             for batch in self._bar(batches, f"selecting on {task.name}", accelerator):
-                chosen_BV, margins_BV = self._choose(method, batch["pixel_values"])
+                chosen_BV, margins_BV = self._choose(method, batch["pixel_values"], evidence)
                 right_BV = self._right(method, task, batch, chosen_BV, classes, accelerator)
                 chosen_BV, margins_BV, right_BV = accelerator.gather_for_metrics((chosen_BV, margins_BV, right_BV))
                 hits += right_BV.sum(dim=0).cpu()
@@ -179,19 +193,32 @@ class StreamSelectors:
             told[name][decision] = {
                 "accuracies": [row[variant] for row in accuracies],
                 "confusion": confusion_JVN[:, variant].tolist(),
-                "auroc": float(roc_auc_score(unknown, -margins_MV[:, variant])) if any(unknown) else None,
+                "auroc": (
+                    float(roc_auc_score(unknown, -margins_MV[:, variant]))
+                    if any(unknown) and decision != "candidates"  # these are evidence, not margins
+                    else None
+                ),
             }
         return told
 
-    def _choose(self, method: Routed, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, method: Routed, pixel_values: Tensor, evidence: Candidates) -> tuple[Tensor, Tensor]:
         """Choose for each image by every variant: task ids and margins, both B x V."""
-        features = {source: method.frozen_features(source, pixel_values) for source in self.sources}
+        features = {source: method.frozen_features(source, pixel_values).float() for source in self.sources}
         chosen, margins = [], []
         for selector in self.selectors.values():
-            scores_BT, bars_BT = selector.judge(features[selector.source].float())
-            groups = (values_BT.split(self.settings.selector_batch) for values_BT in (scores_BT, bars_BT))
-            together = [decide(*group, per_batch=True) for group in zip(*groups, strict=True)]
-            for chosen_B, margins_B in (decide(scores_BT, bars_BT), map(torch.cat, zip(*together, strict=True))):
+            features_BF = features[selector.source]
+            scores_BT, bars_BT = selector.judge(features_BF)
+            groups = [selector.judge(part, len(part)) for part in features_BF.split(self.settings.selector_batch)]
+            together = [decide(*group, per_batch=True) for group in groups]
+            asked = torch.full((len(scores_BT),), NONE, device=scores_BT.device), scores_BT.new_zeros(len(scores_BT))
+            if evidence.allowed:
+                needed_BT = torch.full_like(bars_BT, -torch.inf) if evidence.complete else bars_BT
+                asked = decide(scores_BT, needed_BT, allowed=evidence.allowed)[0], asked[1]
+            for chosen_B, margins_B in (
+                decide(scores_BT, bars_BT),
+                map(torch.cat, zip(*together, strict=True)),
+                asked,
+            ):
                 chosen.append(chosen_B)
                 margins.append(margins_B)
         return torch.stack(chosen, dim=1), torch.stack(margins, dim=1)

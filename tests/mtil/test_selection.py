@@ -56,11 +56,11 @@ def by_hand(method, selector, task, together):
     model, right, chosen, margins = method.model, 0, [], []
     (batch,) = eval_batches(task.test, method.processor.image_processor, batch_size=len(task.test))
     scores = selector.scores(model.frozen_features(selector.source, batch["pixel_values"]))
-    bars = torch.stack([own["threshold"] for own in selector.own])
     texts = {}
     for start in range(0, len(scores), together):
         mean = scores[start : start + together].double().mean(dim=0)
         best = int(mean.argmax())
+        bars = selector.thresholds(len(scores[start : start + together]))
         margins += [float(mean[best] - bars[best])] * len(scores[start : start + together])
         chosen += [best if margins[-1] >= 0 else -1] * len(scores[start : start + together])
     for image, label, router in zip(batch["pixel_values"], batch["labels"], chosen, strict=True):
@@ -85,6 +85,23 @@ def test_against_routing_by_hand(tasks, straight):
         assert told[decision]["confusion"][1] == expected and sum(expected) == len(tasks[1].test)
     assert all(stage["gaussian"]["per_image"]["auroc"] is not None for stage in progress.selection[:2])
     assert told["per_image"]["auroc"] is None, "nothing is left to learn"
+
+
+def test_candidates_tell_the_task(tasks, straight):
+    """The classes of a learnt data set leave its task, those of one to come none: plain CLIP, as before the stream."""
+    progress, _, _ = straight
+    plain = [stage["gaussian"]["candidates"]["accuracies"] for stage in progress.selection]
+    for learnt, stage in enumerate(progress.selection, start=1):
+        told = stage["gaussian"]["candidates"]
+        for position, task in enumerate(tasks):
+            column = position if position < learnt else len(tasks)
+            assert told["confusion"][position] == [
+                len(task.test) * (other == column) for other in range(len(tasks) + 1)
+            ]
+            if position < learnt:
+                assert told["accuracies"][position] == pytest.approx(progress.matrix[learnt - 1][position])
+        assert told["auroc"] is None
+    assert plain[0][2] == plain[1][2]
 
 
 def test_auroc_after_the_first_task(tasks, tmp_path):

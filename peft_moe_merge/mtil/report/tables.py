@@ -74,7 +74,7 @@ def selection_rows(results: dict[str, Any]) -> Rows:
         truth = [spread(over_seeds(runs, metric), 2) for metric in COMPARED]
         rows.append([method, "the true task", "", *truth, "", "100.0", "-", ""])
         for name in names:
-            for decision, label in (("per_image", "per image"), ("per_batch", batch_label(results))):
+            for decision, label in decisions(results, runs[0]["selection"][name]):
                 told = [run["selection"][name][decision] for run in runs]
                 right = estimate(
                     [_mean([share for stage in one["selected_right"] for share in stage]) for one in told]
@@ -102,12 +102,19 @@ def selected_rows(results: dict[str, Any]) -> Rows:
     rows = [["method", "task chosen by", "decided", *results["tasks"], "mean"]]
     for method, runs in results["methods"].items():
         for name in runs[0].get("selection") or {}:
-            for decision, label in (("per_image", "per image"), ("per_batch", batch_label(results))):
+            for decision, label in decisions(results, runs[0]["selection"][name]):
                 shares = zip(*(run["selection"][name][decision]["selected_right"][-1] for run in runs), strict=True)
                 estimates = [estimate(values) for values in shares]
                 mean = number(_mean([one.mean for one in estimates]))
                 rows.append([method, name, label, *(number(one.mean) for one in estimates), mean])
     return rows
+
+
+def decisions(results: dict[str, Any], told: dict[str, Any]) -> list[tuple[str, str]]:
+    """List how a selector chose tasks: as results name it, and in words."""
+    asked = ("candidates", "per image, the data set's classes given")
+    named = [("per_image", "per image"), ("per_batch", batch_label(results)), asked]
+    return [(decision, label) for decision, label in named if decision in told]
 
 
 def batch_label(results: dict[str, Any]) -> str:
