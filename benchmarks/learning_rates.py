@@ -20,7 +20,7 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.stream import StreamSettings, accuracy, train_task
+from peft_moe_merge.mtil.stream import Stream, StreamSettings
 from peft_moe_merge.report.statistics import estimate
 from peft_moe_merge.report.tables import spread
 
@@ -51,7 +51,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, rates in GRID.items():
         for rate in rates:
-            stream = StreamSettings(steps=options.steps, batch_size=options.batch_size, lr=[rate])
+            training = StreamSettings(steps=options.steps, batch_size=options.batch_size, lr=[rate])
             settings = MethodSettings(num_experts=options.num_experts, full_lr=rate, lora_lr=rate)
             accuracies = []
             for seed in options.seeds:
@@ -59,8 +59,9 @@ def main() -> None:
                 for task in held_out:
                     set_seed(seed)
                     method = METHODS[name](*load_clip(mini_clip_path()), settings)
-                    train_task(method, task, stream, 0, seed, Progress({}), accelerator)
-                    accuracies[-1].append(accuracy(method, task, stream, accelerator))
+                    stream = Stream([task], training, accelerator)
+                    stream.train(method, 0, seed, Progress({}))
+                    accuracies[-1].append(stream.accuracy(method, task))
             columns = [*zip(*accuracies, strict=True), [sum(row) / len(row) for row in accuracies]]
             table.add_row(name, f"{rate:g}", *(spread(estimate(column)) for column in columns))
             print(name, rate, accuracies, flush=True)

@@ -45,6 +45,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peft_moe_merge.inference import zero_shot
+from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 from peft_moe_merge.mtil.data.mini import IMAGE_SIZE, TASKS, load_task, mini_clip_path
 from peft_moe_merge.mtil.data.mini.drawings import Pair, draw_images, pair_table
 
@@ -277,27 +279,17 @@ def train(
 # the table -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def class_embeddings(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, name: str) -> torch.Tensor:
-    """Normalized mean embedding of each class over the task's templates -> [C, D]."""
-    task = TASKS[name]
-    prompts = [template.format(label) for template in task.templates for label in task.classes]
-    ids = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
-    return F.normalize(embed_text(model, ids).view(len(task.templates), len(task.classes), -1).mean(0), dim=-1)
-
-
 def split_tensors(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A whole split as normalized pixels [B, 3, H, W] and labels [B]."""
     data = load_task(name, split)
     return normalize(np.stack([np.asarray(image) for image in data["image"]])), torch.tensor(data["label"])
 
 
-@torch.no_grad()
 def accuracy(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, name: str) -> float:
     """Top-1 accuracy on a task's test split in percent."""
-    pixels, labels = split_tensors(name, "test")
-    logits_BC = embed_images(model, pixels) @ class_embeddings(model, tokenizer, name).T
-    return 100 * (logits_BC.argmax(-1) == labels).float().mean().item()
+    classes_CD = class_features(model, tokenizer, prompts_of(TASKS[name].classes, TASKS[name].templates))
+    images = [split_tensors(name, "test")]
+    return zero_shot.accuracy(lambda pixels: embed_images(model, pixels), images, classes_CD)
 
 
 def finetune(

@@ -9,6 +9,7 @@ command is given again.
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
@@ -21,7 +22,7 @@ from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS
 from peft_moe_merge.mtil.model_merging.report import print_report, write_report
 from peft_moe_merge.mtil.model_merging.study import METHODS, StudySettings, run_study
 from peft_moe_merge.mtil.results import empty_results, write_results
-from peft_moe_merge.mtil.settings import setting
+from peft_moe_merge.mtil.settings import check_choices, setting
 
 
 @dataclass
@@ -33,21 +34,21 @@ class RunSettings:
     tasks: list[str] | None = setting(None, "tasks to fine-tune on and merge; default: all but the held-out ones")
     held_out: list[str] = setting([], "tasks that are only tested on")
     train_per_class: int = setting(64, "with 'mini', images per class to train on and adapt to")
-    methods: list[str] = setting(list(METHODS), f"any of {', '.join(METHODS)}")
-    corruptions: list[str] = setting([], f"any of {', '.join(CORRUPTIONS)}")
+    methods: list[str] = setting(list(METHODS), "which ones", choices=METHODS)
+    corruptions: list[str] = setting([], "of the test images, for robust_methods", choices=CORRUPTIONS)
     robust_methods: list[str] = setting(
         ["pretrained", "task_arithmetic", "adamerging", "wemoe", "wemoe_mi", "wemoe_prior"],
         "methods to run on corrupted images",
+        choices=METHODS,
     )
     seeds: list[int] = setting([0], "one run each")
     output_dir: str = setting("runs/wemoe", "where models, results and the report go")
-    mixed_precision: str = setting("no", "no, bf16 or fp16, for fine-tuning")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "for fine-tuning")
     cpu: bool = setting(False, "do not use a GPU")
 
     def __post_init__(self):
         for name, known in (("methods", METHODS), ("robust_methods", METHODS), ("corruptions", CORRUPTIONS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(f"Unknown {name} {unknown}; there are {list(known)}.")
+            check_choices(self, name, known)
 
 
 def load_tasks(run: RunSettings, names: list[str] | None) -> list[Task]:

@@ -38,6 +38,15 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["logits"].shape == (5, 3)
 
 
+def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippets("stream.md"), names)
+    progress = names["progress"]
+    assert len(progress.matrix) == 2 and progress.settings["few_shot"] == 8
+    assert (tmp_path / "runs/few/moe_lora_merge/seed_0/after_2/progress.json").is_file()
+
+
 @pytest.mark.slow  # the same calls are in tests/hub/test_adapters.py
 def test_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     tiny_clip().save_pretrained(tmp_path / "clip")

@@ -1,13 +1,13 @@
 """Images in; label, task and probabilities out.
 
-Shapes: B images, C classes of a task, P projection width.
+Shapes: B images, C classes of a task or candidates, N prompts, P projection width.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,18 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.files import whole
-from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig
+from peft_moe_merge.selection.candidates import Candidates, check_candidates, same_name, tasks_of_candidates
+from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig, check_selector
 from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
 
 from .rgb import load_rgb
+from .zero_shot import class_features, prompts_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+ANY_CLASS = ("a photo of a {}.",)
+"""Prompt forms of a class that no task has."""
 
 CLASSES_FILE = "classifier.json"
 """Beside an adapter: what its tasks' classes are called."""
@@ -42,11 +47,12 @@ class TaskClasses:
     """
 
     class_names: Sequence[str]
-    templates: Sequence[str] = ("a photo of a {}.",)
+    templates: Sequence[str] = ANY_CLASS
 
     def __post_init__(self):
         if isinstance(self.class_names, str) or not self.class_names:
             raise ValueError(f"`class_names` must be a list of at least one name, got {self.class_names!r}.")
+        check_candidates(self.class_names)
         if isinstance(self.templates, str) or not self.templates or any("{}" not in form for form in self.templates):
             raise ValueError(f"`templates` must be a list of texts with a '{{}}' in each, got {self.templates!r}.")
         for name in ("class_names", "templates"):
@@ -80,6 +86,14 @@ class ContinualClassifier:
 
         classifier = ContinualClassifier(model, processor, {"pets": ["cat", "dog"], "food": ["soup", "pie"]})
         classifier("tom.jpg", task="pets").label
+        classifier("tom.jpg", candidates=["cat", "tiger"]).label
+
+    **Candidates are evidence.** Whoever asks which of some classes an image shows tells much about its task. A task may
+    route an image only if its classes are among the candidates: where these are the classes of one task or several
+    together, one of those tasks; otherwise tasks that share at least half of the smaller of the two lists, by equal names
+    or by text embeddings of plain CLIP with a cosine of at least `similarity`. Among several, the attached selector
+    chooses; it also tells images of no task where some candidates are of none. Where no task is left, CLIP without experts
+    answers, as if nothing had been learnt; so asking about what is new costs nothing of its zero-shot ability.
 
     Args:
         model: a CLIP with an adapter of [`MoELoraMergeConfig`]; it is put into evaluation mode.
@@ -88,6 +102,8 @@ class ContinualClassifier:
         open_classes: what an image of no known task may be; default: the classes of all tasks, each by the templates
             of the first task that has it.
         batch_size: images per forward pass.
+        similarity: cosine between the embeddings of "a photo of a ..." of two class names from which on they mean the
+            same; above 1, only equal names do.
 
     Raises:
         TypeError: the adapter is of another method.
@@ -102,6 +118,7 @@ class ContinualClassifier:
         *,
         open_classes: TaskClasses | Sequence[str] | None = None,
         batch_size: int = 64,
+        similarity: float = 0.95,
     ):
         config = model.peft_config[model.active_adapter]
         if not isinstance(config, MoELoraMergeConfig):
@@ -118,37 +135,48 @@ class ContinualClassifier:
         self.tasks = {name: _task_classes(tasks[name]) for name in names}
         self.open_classes = None if open_classes is None else _task_classes(open_classes)
         self.batch_size = batch_size
+        self.similarity = similarity
         self._names = names
         self._texts: dict[int, tuple[list[str], Tensor]] = {}
+        self._plain: dict[int, Tensor] = {}
+        self._asked: tuple[TaskClasses | tuple[str, ...], dict[int, tuple[list[str], Tensor]]] = ((), {})
 
     def __call__(
         self,
         images: Image | str | Path | Sequence[Image | str | Path],
         task: str | int | Sequence[str | int] | None = None,
+        candidates: TaskClasses | Sequence[str] | None = None,
     ) -> Prediction | list[Prediction]:
         """Classify.
 
         Args:
             images: one or several, as PIL images of any mode, paths or URLs.
             task: name or id of the images' task, one for all or one per image; -1 for CLIP without experts. None lets
-                the selector that is attached to the model choose for each image.
+                the candidates and the selector that is attached to the model choose for each image.
+            candidates: classes that the images may be, all of them compared; they also tell which tasks may route the
+                images (see above). Names are prompted as in their task, those of no task by "a photo of a {}."; all by
+                the templates of [`TaskClasses`] where that is given. None takes the classes of the task.
 
         Returns:
             A prediction, or as many as there are images.
 
         Raises:
-            ValueError: an unknown task; fewer or more tasks than images; no task and no selector; no such file; an image
-                whose range of values is not known, see `to_rgb`.
+            ValueError: an unknown task; fewer or more tasks than images; no task and no selector, or one that does not
+                know all tasks; no candidates, or one named twice; no such file; an image whose range of values is not
+                known, see `to_rgb`.
             OSError: a file is no image, or a URL can't be reached.
         """
         single = isinstance(images, (str, Path)) or not isinstance(images, Sequence)
         images = [images] if single else list(images)
         given = None if task is None else self._ids(task, len(images))
+        asked = None
+        if candidates is not None:
+            asked = candidates if isinstance(candidates, TaskClasses) else check_candidates(candidates)
         predictions = []
         for start in range(0, len(images), self.batch_size):
             stop = start + self.batch_size
             batch = [load_rgb(image) for image in images[start:stop]]
-            predictions += self._predict(batch, None if given is None else given[start:stop])
+            predictions += self._predict(batch, None if given is None else given[start:stop], asked)
         return predictions[0] if single else predictions
 
     def _ids(self, task: str | int | Sequence[str | int], count: int) -> list[int]:
@@ -163,15 +191,17 @@ class ContinualClassifier:
         return ids
 
     @torch.no_grad()
-    def _predict(self, images: list[Image], ids: list[int] | None) -> list[Prediction]:
+    def _predict(
+        self, images: list[Image], ids: list[int] | None, asked: TaskClasses | tuple[str, ...] | None
+    ) -> list[Prediction]:
         clip = self.model.get_base_model()
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(clip.device, clip.dtype)
-        ids_B = self._select(pixels) if ids is None else torch.tensor(ids, device=clip.device)
+        ids_B = self._select(pixels, asked) if ids is None else torch.tensor(ids, device=clip.device)
         features = self.model.get_image_features(pixel_values=pixels, task_ids=ids_B).pooler_output
         features_BP = F.normalize(features.float(), dim=-1)
         predictions: list[Prediction | None] = [None] * len(images)
         for task in ids_B.unique().tolist():
-            labels, texts_CP = self.class_texts(task)
+            labels, texts_CP = self.class_texts(task) if asked is None else self._candidate_texts(task, asked)
             rows = (ids_B == task).nonzero().squeeze(1)
             logits = clip.logit_scale.exp().float() * features_BP[rows] @ texts_CP.T
             for row, probabilities in zip(rows.tolist(), logits.softmax(dim=-1).tolist(), strict=True):
@@ -181,13 +211,65 @@ class ContinualClassifier:
                 predictions[row] = Prediction(best, by_label[best], name, by_label)
         return predictions
 
-    def _select(self, pixels: Tensor) -> Tensor:
-        if self.model.task_selector is None:
+    def _select(self, pixels: Tensor, asked: TaskClasses | tuple[str, ...] | None) -> Tensor:
+        allowed, may_be_none = tuple(range(len(self._names))), True
+        if asked is not None:
+            evidence = self.evidence(asked)
+            allowed, may_be_none = evidence.allowed, not evidence.complete
+            if not allowed or (len(allowed) == 1 and not may_be_none):
+                return torch.full((len(pixels),), allowed[0] if allowed else PLAIN, device=pixels.device)
+        selector = self.model.task_selector
+        if selector is None:
+            of = "" if asked is None else f" The candidates leave {[self._names[task] for task in allowed]}"
+            of += " or none of them." if of and may_be_none else "." if of else ""
             raise ValueError(
-                f"Which task are these images from? Give `task=` (one of {self._names}, or -1 for CLIP without experts), "
-                "or let a selector choose: `model.attach_selector(selector)`."
+                f"Which task are these images from?{of} Give `task=` (one of {self._names}, or -1 for CLIP without "
+                "experts), or let a selector choose: `model.attach_selector(selector)`."
             )
-        return self.model.select_tasks(pixels)[0]
+        check_selector(selector, self._names)
+        return selector.select(self.model.frozen_features(selector.source, pixels), allowed, may_be_none)[0]
+
+    def evidence(self, candidates: TaskClasses | Sequence[str]) -> Candidates:
+        """Tell which tasks may route an image that is one of these classes, and whether it can be of none.
+
+        Raises:
+            ValueError: no candidates, or one named twice.
+        """
+        names = check_candidates(_task_classes(candidates).class_names)
+        classes = [self.tasks[task].class_names for task in self._names]
+        by_name = tasks_of_candidates(names, classes)
+        if self.similarity > 1 or by_name.complete:
+            return by_name
+        asked_CP = self._plain_texts(names)
+
+        def cosines(task: int) -> Tensor:
+            if task not in self._plain:
+                self._plain[task] = self._plain_texts(classes[task])
+            return asked_CP @ self._plain[task].T
+
+        return tasks_of_candidates(names, classes, cosines, self.similarity)
+
+    def _plain_texts(self, names: Sequence[str]) -> Tensor:
+        return self._encode_classes(dict(zip(names, prompts_of(names, ANY_CLASS), strict=True)), PLAIN)[1]
+
+    def _candidate_texts(self, task: int, asked: TaskClasses | tuple[str, ...]) -> tuple[list[str], Tensor]:
+        if self._asked[0] != asked:  # the latest candidates are kept
+            self._asked = (asked, {})
+        if task not in self._asked[1]:
+            names = asked.class_names if isinstance(asked, TaskClasses) else asked
+            prompts = {name: prompts_of([name], self._templates(task, name, asked))[0] for name in names}
+            self._asked[1][task] = self._encode_classes(prompts, task)
+        return self._asked[1][task]
+
+    def _templates(self, task: int, name: str, asked: TaskClasses | tuple[str, ...]) -> Sequence[str]:
+        """Find a candidate's prompt forms: those given, else those of the routing task, else of the first that has it."""
+        if isinstance(asked, TaskClasses):
+            return asked.templates
+        first = [self._names[task]] if task != PLAIN else []
+        for of_task in (*first, *self._names):
+            if same_name(name) in map(same_name, self.tasks[of_task].class_names):
+                return self.tasks[of_task].templates
+        return ANY_CLASS
 
     @torch.no_grad()
     def class_texts(self, task: str | int) -> tuple[list[str], Tensor]:
@@ -199,30 +281,23 @@ class ContinualClassifier:
         (task,) = self._ids(task, 1)
         if task not in self._texts:
             if task != PLAIN:
-                classes = self.tasks[self._names[task]]
-                prompts = {name: _fill(classes.templates, name) for name in classes.class_names}
-            elif self.open_classes is not None:
-                prompts = {name: _fill(self.open_classes.templates, name) for name in self.open_classes.class_names}
+                sources = [self.tasks[self._names[task]]]
             else:
-                prompts = {}
-                for classes in self.tasks.values():
-                    for name in classes.class_names:
-                        prompts.setdefault(name, _fill(classes.templates, name))
-            flat = [prompt for of_class in prompts.values() for prompt in of_class]
-            features_NP = torch.cat([self._encode(flat[i : i + 256], task) for i in range(0, len(flat), 256)])
-            means = [part.mean(dim=0) for part in features_NP.split([len(of_class) for of_class in prompts.values()])]
-            self._texts[task] = list(prompts), F.normalize(torch.stack(means), dim=-1)
+                sources = list(self.tasks.values()) if self.open_classes is None else [self.open_classes]
+            prompts: dict[str, list[str]] = {}
+            for classes in sources:
+                of_classes = prompts_of(classes.class_names, classes.templates)
+                for name, of_class in zip(classes.class_names, of_classes, strict=True):
+                    prompts.setdefault(name, of_class)
+            self._texts[task] = self._encode_classes(prompts, task)
         return self._texts[task]
 
-    def _encode(self, prompts: list[str], task: int) -> Tensor:
-        tokens = self.processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(
-            self.model.device
+    @torch.no_grad()
+    def _encode_classes(self, prompts: Mapping[str, list[str]], task: int) -> tuple[list[str], Tensor]:
+        features_CP = class_features(
+            self.model, self.processor.tokenizer, list(prompts.values()), device=self.model.device, task_id=task
         )
-        ids_N = torch.full((len(prompts),), task, device=self.model.device)
-        output = self.model.get_text_features(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], task_ids=ids_N
-        )
-        return F.normalize(output.pooler_output.float(), dim=-1)
+        return list(prompts), features_CP
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
@@ -243,6 +318,7 @@ class ContinualClassifier:
         clip: CLIPModel | None = None,
         processor: CLIPProcessor | None = None,
         batch_size: int = 64,
+        similarity: float = 0.95,
         **download: Any,
     ) -> ContinualClassifier:
         """Load what `save_pretrained` wrote.
@@ -251,7 +327,7 @@ class ContinualClassifier:
             adapter: folder, or name on the Hub.
             clip: the CLIP that the adapter is for; default: the one that the adapter names.
             processor: default: the one beside the adapter.
-            batch_size: as in the constructor.
+            batch_size, similarity: as in the constructor.
             download: `revision`, `token`, `cache_dir`, ... of the adapter; the CLIP gets `token` and `cache_dir`.
 
         Raises:
@@ -289,6 +365,7 @@ class ContinualClassifier:
             tasks,
             open_classes=open_classes,
             batch_size=batch_size,
+            similarity=similarity,
         )
 
 
@@ -306,7 +383,3 @@ def write_classes(
 
 def _task_classes(classes: TaskClasses | Sequence[str]) -> TaskClasses:
     return classes if isinstance(classes, TaskClasses) else TaskClasses(classes)
-
-
-def _fill(templates: Iterable[str], name: str) -> list[str]:
-    return [template.format(name) for template in templates]

@@ -2,12 +2,13 @@
 
 One folder per learnt task, `<folder>/after_<n>`, and in it the method's weights and `progress.json`. All randomness of
 a task comes from the seed and its position, so nothing else needs keeping: a task that was interrupted is done anew, to
-the same result.
+the same result. Nothing else that is in the folder is looked at or touched.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,11 +17,16 @@ from typing import Any
 
 from peft_moe_merge.files import whole
 
+from .fingerprint import differences
+
 GO_ON = "go on by `resume=True` (`--resume`)"
 """What to do after a failure, once its cause is mended."""
 
 SELECTORS = "selectors"
 """The folder in a checkpoint in which a run's task selectors are."""
+
+PROGRESS = "progress.json"
+"""The file by which a checkpoint is known; it is written last."""
 
 
 @dataclass
@@ -28,13 +34,11 @@ class Progress:
     """What a stream has to show so far.
 
     Attributes:
-        settings: what the run was started with; a resumed one must be the same.
+        settings: the run's fingerprint and seed; a resumed one must have the same.
         matrix: one row of accuracies, in percent, per learnt task.
         seconds: spent on training and evaluation.
         losses: per learnt task, the loss of each step.
-        merges: per learnt task, the steps at which experts merged and what became of them.
-        frozen: per learnt task, the frozen experts of each block after it.
-        usage: per learnt task, how often its router selected each expert of each block in training.
+        history: per learnt task, what the method tells of its training: values by name, see `Method.history`.
         selection: per learnt task, what came of choosing the task by each selector.
         selector_bytes: per selector, how much a task adds to it.
         trainable_parameters: of the largest task.
@@ -45,9 +49,7 @@ class Progress:
     matrix: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     losses: list[list[float]] = field(default_factory=list)
-    merges: list[Any] = field(default_factory=list)
-    frozen: list[Any] = field(default_factory=list)
-    usage: list[Any] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     selection: list[Any] = field(default_factory=list)
     selector_bytes: dict[str, int] = field(default_factory=dict)
     trainable_parameters: int = 0
@@ -55,13 +57,28 @@ class Progress:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the checkpoint of the latest task, if there is any."""
-    return max(_checkpoints(folder), key=lambda path: int(path.name.removeprefix("after_")), default=None)
+    """Return the checkpoint of the latest task, if there is any.
+
+    Raises:
+        FileExistsError: a file or folder has a checkpoint's name and is none.
+    """
+    return max(_checkpoints(folder), key=_tasks, default=None)
+
+
+def _tasks(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("after_"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints that are whole; several if a process was killed before it dropped the older ones."""
-    return [path for path in folder.glob("after_*") if path.suffix != ".partial"]
+    named = [path for path in folder.glob("after_*") if re.fullmatch(r"after_[1-9][0-9]*", path.name)]
+    for path in named:
+        if not (path / PROGRESS).is_file():
+            raise FileExistsError(
+                f"{str(path)!r} has the name of a checkpoint and is none: there is no {PROGRESS} in it. Move or delete "
+                "it, or choose another output folder."
+            )
+    return named
 
 
 def save(
@@ -82,34 +99,50 @@ def save(
         progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
         if write_selectors is not None:
             write_selectors(partial / SELECTORS)
-        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+        (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
     for checkpoint in before:
         shutil.rmtree(checkpoint)
 
 
-def load(folder: Path, settings: dict[str, Any]) -> tuple[Progress, Path] | None:
+def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[Progress, Path] | None:
     """Read the newest checkpoint.
+
+    Args:
+        folder: of the run.
+        settings: its fingerprint and seed.
+        resume: whether there may be one.
 
     Returns:
         What was done, and the folder of the weights; None if there is nothing to resume.
 
     Raises:
-        ValueError: the run was started with other settings.
+        FileExistsError: there is one and `resume` is off, or something else has its name.
+        ValueError: the run was started with other settings, or its progress can't be read.
     """
     checkpoint = newest(folder)
     if checkpoint is None:
         return None
-    progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
-    now = json.loads(json.dumps(settings))
-    changed = {
-        name: (progress.settings.get(name), now.get(name))
-        for name in progress.settings.keys() | now.keys()
-        if progress.settings.get(name) != now.get(name)
-    }
-    if changed:
-        told = "; ".join(f"{name} was {before!r}, is {after!r}" for name, (before, after) in sorted(changed.items()))
+    if not resume:
+        raise FileExistsError(
+            f"{str(folder)!r} holds a run already. Go on with it by `resume=True` (`--resume`), or choose another "
+            "output folder."
+        )
+    try:
+        progress = Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+        done, listed = len(progress.matrix), dict(progress.settings)
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{str(folder)!r} holds a run with other settings: {told}. Resume with those of the run, or choose another "
+            f"{str(checkpoint / PROGRESS)!r} can't be read: {error}. It is damaged or of another release: delete "
+            f"{str(checkpoint)!r} to do the run anew, or choose another output folder."
+        ) from error
+    if done != _tasks(checkpoint):
+        raise ValueError(
+            f"{str(checkpoint)!r} tells of {done} tasks: it was renamed or damaged. Delete it to do the run anew, or choose "
+            "another output folder."
+        )
+    if changed := differences(listed, json.loads(json.dumps(settings))):
+        raise ValueError(
+            f"{str(folder)!r} holds a run with other settings: {changed}. Resume with those of the run, or choose another "
             "output folder."
         )
     return progress, checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .data.mini import mini_clip_path
+from .data.task import Task
+from .settings import setting
+
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass
+class ModelSettings:
+    """What a stream starts from."""
+
+    model: str | None = setting(None, "a pretrained CLIP, folder or Hub id; 'untrained': a small one; default: mini's")
+
+    def build(self, tasks: Iterable[Task]) -> tuple[CLIPModel, CLIPProcessor]:
+        """Make the model, the same each time; an untrained one learns its vocabulary from the tasks' prompts.
+
+        Raises:
+            OSError: there is no such model.
+        """
+        if self.model != "untrained":
+            return load_clip(self.model or mini_clip_path())
+        return small_clip(prompt for task in tasks for template in task.templates for prompt in task.prompts(template))
 
 
 def load_clip(model: str | Path) -> tuple[CLIPModel, CLIPProcessor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,18 @@ from typing import Any
 from peft_moe_merge.files import whole
 
 from .checkpoint import GO_ON, Progress
+from .fingerprint import differences
 from .metrics.mtil import stream_metrics
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
 KEYS = ("suite", "tasks", "methods")
 METRICS = ("transfer", "average", "last", "forgetting")
+ANEW = (
+    "Give the results.json of a run. If it is damaged, delete it and start the run's command again with `--resume`: that "
+    "writes it anew, from the checkpoints."
+)
+TOLD = ("merges", "frozen", "usage")
+"""What methods with experts tell; of others there are no such events."""
 RUN_KEYS = ("seed", "matrix")
 """What a run can't be read without. Metrics follow from the matrix; a report leaves out what else is not there."""
 
@@ -37,19 +43,24 @@ def run_result(seed: int, progress: Progress) -> dict[str, Any]:
             "trainable_parameters": progress.trainable_parameters,
             "stored_bytes": progress.stored_bytes,
             "losses": progress.losses,
-            "merges": progress.merges,
-            "frozen": progress.frozen,
-            "usage": progress.usage,
+            **{name: [] for name in TOLD},
+            **history_result(progress),
             "selection": selection_result(progress),
         }
     )
+
+
+def history_result(progress: Progress) -> dict[str, list[Any]]:
+    """List what a method told of each task, by name; None where it told nothing."""
+    names = dict.fromkeys(name for of_task in progress.history for name in of_task)
+    return {name: [of_task.get(name) for of_task in progress.history] for name in names}
 
 
 def selection_result(progress: Progress) -> dict[str, Any]:
     """Sum up what came of choosing tasks by selectors.
 
     Returns:
-        Per selector and decision (`per_image`, `per_batch`) the stream's metrics as if these were a method; per learnt
+        Per selector and decision (`per_image`, `per_batch`, `candidates`) the stream's metrics as if these were a method; per learnt
         task the `confusion` (data sets x (tasks + none), counts), `selected_right` (percent per data set) and `auroc`
         of telling tasks not learnt yet from the others; and per selector `bytes_per_task`.
     """
@@ -105,47 +116,40 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = without_nan(json.loads(path.read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}. Give the results.json of a run.") from error
+        raise ValueError(f"{str(path)!r} is not JSON: {error}. {ANEW}") from error
     lacking = _lacking(results, KEYS)
     if not lacking:
         runs = ((name, run) for name, runs in results["methods"].items() for run in runs)
         lacking = [f"{name}: {key}" for name, run in runs for key in _lacking(run, RUN_KEYS)]
     if lacking:
-        raise ValueError(
-            f"{str(path)!r} lacks {', '.join(lacking)}. Give the results.json of a run; `--resume` on its output folder "
-            "writes it anew."
-        )
+        raise ValueError(f"{str(path)!r} lacks {', '.join(lacking)}. {ANEW}")
     results = {**results, "settings": results.get("settings") or {}, "versions": results.get("versions") or {}}
     for runs in results["methods"].values():
         runs[:] = [without_nan(stream_metrics(run["matrix"])) | run for run in runs]
     return results
 
 
-def extended_results(path: Path, results: dict[str, Any], *, may_differ: Collection[str] = ()) -> dict[str, Any]:
+def extended_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Take over the runs that an output folder tells of already, so that more methods and seeds stand beside them.
 
     Args:
         path: of `results.json`, which need not exist.
         results: a document without runs.
-        may_differ: settings that make no difference to what a run comes to.
 
     Raises:
-        ValueError: the folder's runs are of another suite, or were made with other settings.
+        ValueError: the file is damaged, or its runs have another fingerprint.
     """
     if not path.exists():
         return results
     before = read_results(path)
-
-    def told(document: dict[str, Any]) -> dict[str, Any]:
-        compared = {name: value for name, value in document["settings"].items() if name not in may_differ}
-        return json.loads(json.dumps({"suite": document["suite"], "tasks": document["tasks"], **compared}))
-
-    was, now = told(before), told(results)
-    changed = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
-    if changed:
-        listed = "; ".join(f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in changed)
+    if "fingerprint" not in before:
         raise ValueError(
-            f"{str(path)!r} tells of runs with other settings: {listed}. Use theirs, so that the runs can be compared, "
+            f"{str(path)!r} does not say what its runs were shaped by: it is of another release. Choose another output "
+            "folder."
+        )
+    if changed := differences(before["fingerprint"], json.loads(json.dumps(results["fingerprint"]))):
+        raise ValueError(
+            f"{str(path)!r} tells of runs with other settings: {changed}. Use theirs, so that the runs can be compared, "
             "or choose another output folder."
         )
     return {**results, "methods": before["methods"]}
@@ -161,12 +165,22 @@ def _lacking(value: Any, keys: tuple[str, ...]) -> list[str]:
     return [key for key in keys if not isinstance(value, dict) or key not in value]
 
 
-def empty_results(suite: str, tasks: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Start a results document without runs."""
+def empty_results(
+    suite: str, tasks: list[str], settings: dict[str, Any], fingerprint: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Start a results document without runs.
+
+    Args:
+        suite: name or folder.
+        tasks: names, in order.
+        settings: all that was set, for readers.
+        fingerprint: what runs must agree in to stand here together.
+    """
     return {
         "suite": suite,
         "tasks": tasks,
         "settings": settings,
+        **({} if fingerprint is None else {"fingerprint": fingerprint}),
         "versions": {package: version(package) for package in PACKAGES},
         "methods": {},
     }

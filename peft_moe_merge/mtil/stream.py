@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +18,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BaseImageProcessor, get_cosine_schedule_with_warmup
 
+from peft_moe_merge.inference import zero_shot
+
 from . import checkpoint
 from .checkpoint import Progress
 from .data.batches import eval_batches, train_batches
 from .data.task import Task
-from .methods import Method
-from .methods.moe_lora_merge import MoELoraMerge
+from .fingerprint import fingerprint
+from .methods.base import Method, Routed
 from .selection import SelectorSettings, StreamSelectors
-from .settings import setting
+from .settings import check_at_least, check_positive, setting
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -43,9 +47,12 @@ class StreamSettings:
     num_workers: int = setting(0, "processes that decode images")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_at_least(self, 1, "steps", "batch_size", "eval_batch_size")
+        check_at_least(self, 0, "weight_decay", "warmup_steps", "num_workers")
+        if self.max_grad_norm is not None:
+            check_positive(self, "max_grad_norm")
+        if self.lr and not all(lr > 0 for lr in self.lr):
+            raise ValueError(f"`lr` must be positive, got {self.lr}.")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
         if self.warmup_steps is None:
@@ -66,206 +73,217 @@ class StreamSettings:
         return eval_batches(dataset, processor, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
 
+@dataclass
+class Stream:
+    """Tasks to be learnt one after another, and how.
+
+    Attributes:
+        tasks: in order.
+        settings: how they are trained.
+        accelerator: device, precision, processes, trackers.
+        selection: selectors to fit and test on the way, with a method that has routers.
+        fingerprint: what shapes a run's result; default: all that is known here. An interrupted run goes on only where
+            it is the same.
+
+    Raises:
+        ValueError: the tasks or settings contradict themselves.
+    """
+
+    tasks: list[Task]
+    settings: StreamSettings
+    accelerator: Accelerator
+    selection: SelectorSettings | None = None
+    fingerprint: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        self.settings = self.settings.for_tasks(self.tasks)
+        if self.accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                f"A stream adds parameters between tasks, so every process needs the whole model; got "
+                f"{self.accelerator.distributed_type}. Launch it data parallel (DDP)."
+            )
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"A stream needs tasks with names of their own, got {names}.")
+        if len(self.settings.lr) not in (1, len(names)):
+            raise ValueError(
+                f"{len(self.settings.lr)} learning rates for {len(names)} tasks: give one, or one per task."
+            )
+        if self.settings.batch_size % self.accelerator.num_processes:
+            raise ValueError(
+                f"batch_size={self.settings.batch_size} can't be divided among {self.accelerator.num_processes} processes."
+            )
+
+    def run(
+        self,
+        build_method: Callable[[], Method],
+        output_dir: str | Path,
+        *,
+        seed: int = 42,
+        resume: bool = False,
+        stop_after: int | None = None,
+    ) -> Progress:
+        """Let one method learn the tasks in order.
+
+        Args:
+            build_method: makes the method, with its model, anew.
+            output_dir: where checkpoints go, one per learnt task, the latest of which stays.
+            seed: of everything random.
+            resume: go on where an earlier run in `output_dir` was interrupted; the result is the same.
+            stop_after: leave after so many tasks, as if interrupted.
+
+        Returns:
+            The accuracies after each task and what else is to be told.
+
+        Raises:
+            FileExistsError: `output_dir` holds a run and `resume` is off.
+            ValueError: the method can't learn these tasks, or the run to be resumed is of other settings, data or
+                weights.
+            OSError: a checkpoint could not be written; the one before is whole.
+            RuntimeError: with several processes, whatever stopped this one, another's end included.
+        """
+        output_dir = Path(output_dir)
+        set_seed(seed)
+        method = build_method()
+        method.check(method.settings, self.tasks)
+        selection = self.selection if self.selection and self.selection.selectors else None
+        selectors = StreamSelectors(selection) if selection and isinstance(method, Routed) else None
+        shaped_by = self.fingerprint
+        if shaped_by is None:
+            told = [self.settings, method.settings, *([selection] if selectors else [])]
+            shaped_by = fingerprint(self.tasks, method.model, method.processor, self.accelerator, *told)
+        progress = Progress(settings={**shaped_by, **method.content(method.settings), "seed": seed})
+        done = checkpoint.load(output_dir, progress.settings, resume)
+        if done is not None:
+            progress, weights = done
+            method.load(weights)
+            if selectors is not None:
+                selectors.load(weights / checkpoint.SELECTORS)
+        for position in range(len(progress.matrix), len(self.tasks[:stop_after])):
+            with self._said_by_which_process(position, output_dir):
+                self._learn(method, position, seed, progress, selectors)
+                if self.accelerator.is_main_process:
+                    checkpoint.save(output_dir, progress, method.save, selectors.save if selectors else None)
+                self.accelerator.wait_for_everyone()
+        return progress
+
+    def _learn(
+        self, method: Method, position: int, seed: int, progress: Progress, selectors: StreamSelectors | None
+    ) -> None:
+        """Train a task, test on all, and note it."""
+        began = time.perf_counter()
+
+        def log(step: int, **values: float) -> None:
+            named = {f"{method.name}/seed_{seed}/{name}": value for name, value in values.items()}
+            self.accelerator.log(named, step=step)
+
+        task_seed = seed + 1_000_003 * (position + 1)
+        set_seed(task_seed)
+        if method.trains:
+            self.train(method, position, task_seed, progress, log)
+        row = [self.accuracy(method, task) for task in self.tasks]
+        progress.matrix.append(row)
+        if selectors is not None:
+            selectors.fit(method, self.tasks[position], self.settings, self.accelerator)
+            progress.selection.append(selectors.evaluate(method, self.tasks, self.settings, self.accelerator))
+            progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
+        progress.seconds += time.perf_counter() - began
+        accuracies = {f"accuracy/{task.name}": value for task, value in zip(self.tasks, row, strict=True)}
+        log((position + 1) * self.settings.steps, **accuracies)
+
+    @contextmanager
+    def _said_by_which_process(self, position: int, output_dir: Path) -> Iterator[None]:
+        """When one of several processes fails the others notice only that it is gone: say so, and how to go on."""
+        try:
+            yield
+        except Exception as error:
+            processes = self.accelerator.num_processes
+            if processes == 1:
+                raise
+            raise RuntimeError(
+                f"Process {self.accelerator.process_index} of {processes} had to stop in task "
+                f"{self.tasks[position].name!r}: {error}. If it lost its connection, another process failed first and "
+                f"says why. The tasks learnt before are safe in {str(output_dir)!r}: start all processes again with "
+                "`resume=True` (`--resume`)."
+            ) from error
+
+    def train(
+        self,
+        method: Method,
+        position: int,
+        seed: int,
+        progress: Progress,
+        log: Callable[..., None] = lambda step, **values: None,
+    ) -> None:
+        """Let a method learn one task, and note in `progress` how that went.
+
+        Args:
+            method: the learner.
+            position: of the task in the stream.
+            seed: of the order of the images.
+            progress: gets the losses, and what the method tells.
+            log: takes an optimizer step of the stream and named values.
+        """
+        task, settings, accelerator = self.tasks[position], self.settings, self.accelerator
+        method.begin_task(task)
+        parameters = method.trainable_parameters()
+        progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
+        lr = method.learning_rate(settings.lr_of(position, task))
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
+        schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+        batches = train_batches(
+            task.train,
+            method.processor.image_processor,
+            steps=settings.steps * accelerator.num_processes,
+            batch_size=settings.batch_size // accelerator.num_processes,
+            seed=seed,
+            crop_scale=settings.crop_scale,
+            num_workers=settings.num_workers,
+        )
+        model, optimizer, batches = accelerator.prepare(method.model, optimizer, batches)
+        model.train()
+        losses = []
+        bar = tqdm(batches, desc=task.name, disable=not accelerator.is_main_process, leave=False)
+        for batch in bar:
+            loss = method.loss(model, batch)
+            accelerator.backward(loss)
+            if settings.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            if not optimizer.step_was_skipped:
+                schedule.step()
+            optimizer.zero_grad()
+            method.after_step(optimizer)
+            losses.append(loss.detach())
+            if len(losses) % 10 == 0:
+                bar.set_postfix(loss=f"{losses[-1].item():.3f}")
+                log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        method.end_task()
+        progress.losses.append([round(loss, 6) for loss in torch.stack(losses).tolist()])
+        progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
+
+    @torch.no_grad()
+    def accuracy(self, method: Method, task: Task) -> float:
+        """Test on a task's test images against its own classes. Top-1, in percent."""
+        accelerator = self.accelerator
+        method.model.to(accelerator.device).eval()
+        method.prepare_evaluation(task)
+        batches = accelerator.prepare(self.settings.eval_batches(task.test, method.processor.image_processor))
+        with accelerator.autocast():
+            classes_CP = method.class_features(task, accelerator.device)
+            return zero_shot.accuracy(method.image_features, batches, classes_CP, accelerator.gather_for_metrics)
+
+
 def run_stream(
     tasks: list[Task],
     build_method: Callable[[], Method],
     settings: StreamSettings,
     output_dir: str | Path,
     accelerator: Accelerator,
-    *,
-    seed: int = 42,
-    resume: bool = False,
-    stop_after: int | None = None,
     selection: SelectorSettings | None = None,
+    **how: Any,
 ) -> Progress:
-    """Let one method learn the tasks in order.
-
-    Args:
-        tasks: the stream.
-        build_method: makes the method, with its model, anew.
-        settings: how it trains.
-        output_dir: where checkpoints go, one per learnt task, the latest of which stays.
-        accelerator: device, precision, processes, trackers.
-        seed: of everything random.
-        resume: go on where an earlier run in `output_dir` was interrupted; the result is the same.
-        stop_after: leave after so many tasks, as if interrupted.
-        selection: selectors to fit and test on the way, with a method that has routers.
-
-    Returns:
-        The accuracies after each task and what else is to be told.
-
-    Raises:
-        FileExistsError: `output_dir` holds a run and `resume` is off.
-        ValueError: the tasks or settings contradict themselves, or differ from those of the run to be resumed.
-        OSError: a checkpoint could not be written; the one before is whole.
-        RuntimeError: with several processes, whatever stopped this one, another's end included.
-    """
-    settings = settings.for_tasks(tasks)
-    _check(tasks, settings, accelerator)
-    output_dir = Path(output_dir)
-    set_seed(seed)
-    method = build_method()
-    told = {
-        "tasks": [task.name for task in tasks],
-        "seed": seed,
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        **asdict(settings),
-        **asdict(method.settings),
-    }
-    selectors = None
-    if selection is not None and selection.selectors and isinstance(method, MoELoraMerge):
-        selectors = StreamSelectors(selection)
-        told |= asdict(selection)
-    progress = Progress(settings=told)
-    if checkpoint.newest(output_dir) is not None and not resume:
-        raise FileExistsError(
-            f"{str(output_dir)!r} holds a run already. Go on with it by `resume=True` (`--resume`), or choose another "
-            "output folder."
-        )
-    done = checkpoint.load(output_dir, told)
-    if done is not None:
-        progress, weights = done
-        method.load(weights)
-        if selectors is not None:
-            selectors.load(weights / checkpoint.SELECTORS)
-
-    def log(step: int, **values: float) -> None:
-        accelerator.log({f"{method.name}/seed_{seed}/{name}": value for name, value in values.items()}, step=step)
-
-    for position, task in enumerate(tasks[:stop_after]):
-        if position < len(progress.matrix):
-            continue
-        with _said_by_which_process(accelerator, task, output_dir):
-            began = time.perf_counter()
-            task_seed = seed + 1_000_003 * (position + 1)
-            set_seed(task_seed)
-            if method.trains:
-                train_task(method, task, settings, position, task_seed, progress, accelerator, log)
-            row = [accuracy(method, other, settings, accelerator) for other in tasks]
-            progress.matrix.append(row)
-            if selectors is not None:
-                selectors.fit(method, task, settings, accelerator)
-                progress.selection.append(selectors.evaluate(method, tasks, settings, accelerator))
-                progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
-            progress.seconds += time.perf_counter() - began
-            log(
-                (position + 1) * settings.steps,
-                **{f"accuracy/{other.name}": value for other, value in zip(tasks, row, strict=True)},
-            )
-            if accelerator.is_main_process:
-                checkpoint.save(output_dir, progress, method.save, selectors.save if selectors else None)
-            accelerator.wait_for_everyone()
-    return progress
-
-
-@contextmanager
-def _said_by_which_process(accelerator: Accelerator, task: Task, output_dir: Path) -> Iterator[None]:
-    """When one of several processes fails the others notice only that it is gone: say so, and how to go on."""
-    try:
-        yield
-    except Exception as error:
-        if accelerator.num_processes == 1:
-            raise
-        raise RuntimeError(
-            f"Process {accelerator.process_index} of {accelerator.num_processes} had to stop in task {task.name!r}: "
-            f"{error}. If it lost its connection, another process failed first and says why. The tasks learnt before "
-            f"are safe in {str(output_dir)!r}: start all processes again with `resume=True` (`--resume`)."
-        ) from error
-
-
-def _check(tasks: list[Task], settings: StreamSettings, accelerator: Accelerator) -> None:
-    if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"A stream adds parameters between tasks, so every process needs the whole model; got "
-            f"{accelerator.distributed_type}. Launch it data parallel (DDP)."
-        )
-    names = [task.name for task in tasks]
-    if len(set(names)) != len(names) or not names:
-        raise ValueError(f"A stream needs tasks with names of their own, got {names}.")
-    if len(settings.lr) not in (1, len(tasks)):
-        raise ValueError(f"{len(settings.lr)} learning rates for {len(tasks)} tasks: give one, or one per task.")
-    if settings.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size={settings.batch_size} can't be divided among {accelerator.num_processes} processes."
-        )
-
-
-def train_task(
-    method: Method,
-    task: Task,
-    settings: StreamSettings,
-    position: int,
-    seed: int,
-    progress: Progress,
-    accelerator: Accelerator,
-    log: Callable[..., None] = lambda step, **values: None,
-) -> None:
-    """Let a method learn one task, and note in `progress` how that went.
-
-    Args:
-        method: the learner.
-        task: what it learns.
-        settings: how it trains.
-        position: of the task in its stream, by which it gets its learning rate.
-        seed: of the order of the images.
-        progress: gets the losses, and what the method tells.
-        accelerator: device, precision, processes.
-        log: takes an optimizer step of the stream and named values.
-    """
-    method.begin_task(task)
-    parameters = method.trainable_parameters()
-    progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-    lr = method.learning_rate(settings.lr_of(position, task))
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    batches = train_batches(
-        task.train,
-        method.processor.image_processor,
-        steps=settings.steps * accelerator.num_processes,
-        batch_size=settings.batch_size // accelerator.num_processes,
-        seed=seed,
-        crop_scale=settings.crop_scale,
-        num_workers=settings.num_workers,
-    )
-    model, optimizer, batches = accelerator.prepare(method.model, optimizer, batches)
-    model.train()
-    losses = []
-    bar = tqdm(batches, desc=task.name, disable=not accelerator.is_main_process, leave=False)
-    for batch in bar:
-        loss = method.loss(model, batch)
-        accelerator.backward(loss)
-        if settings.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        if not optimizer.step_was_skipped:
-            schedule.step()
-        optimizer.zero_grad()
-        method.after_step(optimizer)
-        losses.append(loss.detach())
-        if len(losses) % 10 == 0:
-            bar.set_postfix(loss=f"{losses[-1].item():.3f}")
-            log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    method.end_task()
-    progress.losses.append([round(loss, 6) for loss in torch.stack(losses).tolist()])
-    for name, value in method.story().items():
-        getattr(progress, name).append(value)
-
-
-@torch.no_grad()
-def accuracy(method: Method, task: Task, settings: StreamSettings, accelerator: Accelerator) -> float:
-    """Test on a task's test images against its own classes. Top-1, in percent."""
-    method.model.to(accelerator.device).eval()
-    method.prepare_evaluation(task)
-    batches = accelerator.prepare(settings.eval_batches(task.test, method.processor.image_processor))
-    correct = total = 0
-    with accelerator.autocast():
-        classes_CP = method.class_features(task, accelerator.device)
-        for batch in batches:
-            predicted_B = (method.image_features(batch["pixel_values"]) @ classes_CP.T).argmax(dim=1)
-            hits_B = accelerator.gather_for_metrics(predicted_B == batch["labels"])
-            correct += int(hits_B.sum())
-            total += len(hits_B)
-    return 100.0 * correct / total
+    """Let one method learn tasks in order: `Stream(...).run(build_method, output_dir, **how)`."""
+    return Stream(tasks, settings, accelerator, selection).run(build_method, output_dir, **how)

@@ -1,6 +1,6 @@
 """Which task is an image from? Selectors that choose, per image, a task's routers or plain CLIP.
 
-selector = GaussianSelector(PatchTokens(depth=2))
+selector = DiscriminantSelector(Depths((2,)))
 selector.fit("flowers", batches_of_features)     # task by task; old data is never needed again
 task_ids, scores = selector.select(features)     # -1 = none of them: plain CLIP
 model.attach_selector(selector)                  # from now on the model selects by itself
@@ -8,24 +8,34 @@ model.attach_selector(selector)                  # from now on the model selects
 
 from .autoencoder import AutoencoderSelector
 from .base import NONE, Selector, decide
-from .features import AlexNetFeatures, FeatureSource, ImageFeatures, PatchTokens
+from .candidates import Candidates, tasks_of_candidates
+from .discriminant import DiscriminantSelector
+from .features import AlexNetFeatures, Depths, FeatureSource, ImageFeatures, PatchTokens
 from .files import SELECTORS, load_selector, save_selector
 from .gaussian import GaussianSelector
+from .incremental import IncrementalSelector
 from .prototypes import PrototypeSelector, TextSelector
+from .ridge import RidgeSelector
 
 __all__ = [
     "NONE",
     "SELECTORS",
     "AlexNetFeatures",
     "AutoencoderSelector",
+    "Candidates",
+    "Depths",
+    "DiscriminantSelector",
     "FeatureSource",
     "GaussianSelector",
     "ImageFeatures",
+    "IncrementalSelector",
     "PatchTokens",
     "PrototypeSelector",
+    "RidgeSelector",
     "Selector",
     "TextSelector",
     "decide",
     "load_selector",
     "save_selector",
+    "tasks_of_candidates",
 ]

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Selector
 from .features import FeatureSource
+from .taskwise import TaskwiseSelector
 
 TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
-class AutoencoderSelector(Selector):
+class AutoencoderSelector(TaskwiseSelector):
     """One autoencoder per task, `sigmoid(f) -> linear -> relu -> linear -> sigmoid`, trained on squared error.
 
     A task's score is minus the mean squared error of its reconstruction. The defaults are those of the paper, except
@@ -128,12 +128,12 @@ class AutoencoderSelector(Selector):
             hidden_BH = F.linear(target_BF, down_HF, down_bias_H).relu()
             return -(F.linear(hidden_BH, up_FH, up_bias_F).sigmoid() - target_BF).square().mean(dim=1)
 
-    def scores(self, features_BF: Tensor) -> Tensor:
+    def decision_function(self, features_BF: Tensor) -> Tensor:
         networks = self.prepared(features_BF.device)[: len(self.own)]
         return torch.stack([self._score(features_BF, network) for network in networks], dim=1)
 
-    def bars(self, features_BF: Tensor) -> Tensor:
-        bars_BT = super().bars(features_BF)
+    def bars(self, features_BF: Tensor, scores_BT: Tensor, together: int = 1) -> Tensor:
+        bars_BT = super().bars(features_BF, scores_BT, together)
         if self.settings["threshold"] is not None:
             bars_BT = torch.full_like(bars_BT, -self.settings["threshold"])
         if self.shared:

@@ -1,17 +1,15 @@
 """What every selector is: it learns task by task, scores all tasks, and says "none of them" below a threshold.
 
-Shapes: B images, F features, T tasks, C classes of a task, P projection width.
+Shapes: B images, F features, T tasks, A allowed tasks, C classes of a task, P projection width.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +22,16 @@ Batches = Tensor | Iterable[Tensor | tuple[Tensor, Tensor]]
 """All features of a task, N x F, or batches of them; or batches of (features, labels)."""
 
 
-def decide(scores_BT: Tensor, bars_BT: Tensor, per_batch: bool = False) -> tuple[Tensor, Tensor]:
+def decide(
+    scores_BT: Tensor, bars_BT: Tensor, per_batch: bool = False, allowed: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the best scored task, or none of them if its score does not reach the task's bar.
 
     Args:
         scores_BT: how well each task fits each image, the higher the better.
         bars_BT: what a task's score must reach; -inf accepts everything.
-        per_batch: decide once for the whole batch, by mean scores.
+        per_batch: decide once for the whole batch, by mean scores; the bars should then be those of a mean.
+        allowed: the tasks to choose from, at least one; None allows all.
 
     Returns:
         task_ids_B (int64; -1 for none), and margins_B: by how much the best score exceeds its bar, so that negative
@@ -39,7 +40,11 @@ def decide(scores_BT: Tensor, bars_BT: Tensor, per_batch: bool = False) -> tuple
     images = len(scores_BT)
     if per_batch:
         scores_BT, bars_BT = (values_BT.mean(dim=0, keepdim=True) for values_BT in (scores_BT, bars_BT))
-    best_B = scores_BT.argmax(dim=1)
+    if allowed is None:
+        best_B = scores_BT.argmax(dim=1)
+    else:
+        allowed_A = torch.tensor(sorted(allowed), device=scores_BT.device)
+        best_B = allowed_A[scores_BT[:, allowed_A].argmax(dim=1)]
     margins_B = (scores_BT - bars_BT).gather(1, best_B[:, None])[:, 0]
     task_ids_B = best_B.where(margins_B >= 0, NONE)
     return task_ids_B.expand(images), margins_B.expand(images)
@@ -48,9 +53,10 @@ def decide(scores_BT: Tensor, bars_BT: Tensor, per_batch: bool = False) -> tuple
 class Selector(ABC):
     """Chooses a task for each image from its frozen features.
 
-    A task is fitted once, from its own images alone. A part of them, drawn by the seed, is held out of the fit: the
+    A task is fitted from its own images alone. A part of them, drawn by the seed, is held out of the fit: the
     task's threshold is the quantile `reject_rate` of their scores for it, so that about this share of a task's own
-    images is taken for "none of them".
+    images is taken for "none of them". The mean of B scores lies nearer to the mean of the N held-out ones, by
+    `sqrt(1 / B + 1 / N)`; so the threshold of a batch does.
 
     Args:
         source: where features come from once the selector is attached to a model; `ImageFeatures()` if None.
@@ -104,7 +110,7 @@ class Selector(ABC):
 
     # --------------------------------------------------------------------------------------------------------- fitting
 
-    @torch.no_grad()
+    @abstractmethod
     def fit(self, task: str, features: Batches, texts_CP: Tensor | None = None) -> None:
         """Learn a new task, in one pass over its training images. The result does not depend on how they are batched.
 
@@ -120,58 +126,17 @@ class Selector(ABC):
             ValueError: the task is known already; there are no images; features are NaN, infinite or of another width
                 than those of earlier tasks; labels or texts are missing that this selector needs.
         """
+
+    def _check_new(self, task: str) -> None:
         if task in self.tasks:
             raise ValueError(f"Task {task!r} is fitted already. Fitted: {self.tasks}. Each task is fitted once.")
-        held_out: list[Tensor] = []
-        batches = self._training_part(task, features, held_out)
-        before = self.own, self.shared, self.tasks, self.width
-        try:
-            own, shared = self._learn(task, batches, texts_CP)
-            self._add(task, own, shared, held_out)
-        except BaseException:
-            self.own, self.shared, self.tasks, self.width = before
-            raise
-        finally:
-            self._prepared = {}
 
-    def _add(self, task: str, own: dict[str, Tensor], shared: dict[str, Tensor], held_out: list[Tensor]) -> None:
-        self.own = [*self.own, own]
-        self.shared = shared
-        self.tasks = [*self.tasks, task]
-        self._prepared = {}
-        threshold = -math.inf
-        if self.reject_rate > 0:
-            held_out_NF = torch.cat(held_out)
-            if len(held_out_NF) * self.reject_rate < 1:
-                warnings.warn(
-                    f"The threshold of task {task!r} rests on {len(held_out_NF)} held-out images, too few for "
-                    f"reject_rate={self.reject_rate}: expect another rate. Raise `held_out` or give more images.",
-                    stacklevel=4,
-                )
-            if len(held_out_NF):
-                own_scores_N = self.scores(held_out_NF)[:, -1].double()
-                # the order statistic itself: what lies between two of few values is nobody's score
-                threshold = own_scores_N.quantile(self.reject_rate, interpolation="lower").item()
-        own["threshold"] = torch.tensor(threshold, dtype=torch.float64)
-
-    def _training_part(
-        self, task: str, features: Batches, held_out: list[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        # numpy draws the same numbers however many are asked for at once, so batching does not matter
-        draw = np.random.default_rng([self.seed, len(self.tasks)])
-        images = 0
-        for batch in [features] if isinstance(features, Tensor) else features:
-            features_BF, labels_B = batch if isinstance(batch, tuple | list) else (batch, None)
-            self._check(features_BF, f"of task {task!r}")
-            self.width = features_BF.shape[1]
-            images += len(features_BF)
-            out_B = torch.from_numpy(draw.random(len(features_BF)) < self.held_out).to(features_BF.device)
-            held_out.append(features_BF[out_B].float())
-            if not out_B.all():
-                yield features_BF[~out_B], None if labels_B is None else labels_B[~out_B.to(labels_B.device)]
-        if sum(map(len, held_out)) == images:
-            raise ValueError(
-                f"Task {task!r} has {images} images to fit with, of which {images} are held out: give more images."
+    def _warn_of_few(self, task: str, held_out: int) -> None:
+        if held_out * self.reject_rate < 1 and self.reject_rate > 0:
+            warnings.warn(
+                f"The threshold of task {task!r} rests on {held_out} held-out images, too few for "
+                f"reject_rate={self.reject_rate}: expect another rate. Raise `held_out` or give more images.",
+                stacklevel=5,
             )
 
     def _check(self, features_BF: Tensor, whose: str) -> None:
@@ -190,19 +155,20 @@ class Selector(ABC):
                 "check the images and the precision that they are encoded in."
             )
 
-    @abstractmethod
-    def _learn(
-        self, task: str, batches: Iterator[tuple[Tensor, Tensor | None]], texts_CP: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Learn from batches of (features, labels): return what to keep of the task, and what all tasks now share."""
-
     # ------------------------------------------------------------------------------------------------------- selecting
 
     @torch.no_grad()
-    def select(self, features_BF: Tensor) -> tuple[Tensor, Tensor]:
+    def select(
+        self, features_BF: Tensor, allowed: Sequence[int] | None = None, may_be_none: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Choose a task for each image.
 
         Per image the choice does not depend on the other images of the batch; with `per_batch` it is one for all.
+
+        Args:
+            features_BF: of the images.
+            allowed: ids of the tasks to choose from, at least one; None allows all.
+            may_be_none: False takes the best task whatever its score, for images that are known to be from one.
 
         Returns:
             task_ids LongTensor[B], positions in `tasks` or -1 for none of them; and scores FloatTensor[B, T], the
@@ -210,28 +176,58 @@ class Selector(ABC):
 
         Raises:
             RuntimeError: nothing has been fitted yet.
-            ValueError: features are NaN, infinite or of another width than those fitted.
+            ValueError: features are NaN, infinite or of another width than those fitted; no such tasks.
         """
-        scores_BT, bars_BT = self.judge(features_BF)
-        task_ids_B, _ = decide(scores_BT, bars_BT, self.per_batch)
+        if allowed is not None and (not allowed or not set(allowed) <= set(range(len(self.tasks)))):
+            raise ValueError(
+                f"`allowed` must be ids of the {len(self.tasks)} tasks, at least one; got {list(allowed)}."
+            )
+        scores_BT, bars_BT = self.judge(features_BF, len(features_BF) if self.per_batch else 1)
+        if not may_be_none:
+            bars_BT = torch.full_like(bars_BT, -torch.inf)
+        task_ids_B, _ = decide(scores_BT, bars_BT, self.per_batch, allowed)
         return task_ids_B, scores_BT
 
+    def predict(self, features_BF: Tensor) -> Tensor:
+        """Return the task ids of `select`: LongTensor[B]."""
+        return self.select(features_BF)[0]
+
     @torch.no_grad()
-    def judge(self, features_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a decision is made of, for `decide`: scores and bars, both B x T. Raises what `select` raises."""
+    def judge(self, features_BF: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
+        """Return what a decision is made of, for `decide`: scores and bars, both B x T. Raises what `select` raises.
+
+        Args:
+            features_BF: of the images.
+            together: how many images a decision will be made for at once; the bars are those of a mean of so many.
+        """
         if not self.tasks:
             raise RuntimeError("The selector knows no task yet: call `fit(task, features)` first.")
         self._check(features_BF, "to select by")
-        return self.scores(features_BF), self.bars(features_BF)
+        scores_BT = self.decision_function(features_BF)
+        return scores_BT, self.bars(features_BF, scores_BT, together)
 
     @abstractmethod
-    def scores(self, features_BF: Tensor) -> Tensor:
+    def decision_function(self, features_BF: Tensor) -> Tensor:
         """Score every task for every image: B x T, float32."""
 
-    def bars(self, features_BF: Tensor) -> Tensor:
-        """Return what the scores must reach: B x T."""
-        bars_T = torch.stack([own["threshold"] for own in self.own]).to(features_BF.device, torch.float32)
-        return bars_T.expand(len(features_BF), -1)
+    def bars(self, features_BF: Tensor, scores_BT: Tensor, together: int = 1) -> Tensor:
+        """Return what the scores, or the means of `together` ones, must reach: B x T."""
+        return self.thresholds(together).to(scores_BT.device, torch.float32).expand_as(scores_BT)
+
+    def thresholds(self, together: int = 1) -> Tensor:
+        """Return each task's threshold for the mean score of so many images: DoubleTensor[T]."""
+        # a file of the first release has the quantile alone: nothing to scale by
+        levels = [own["threshold"].flatten() for own in self.own]
+        quantile_T, mean_T, images_T = (
+            torch.stack([level[place] if len(level) > 1 else fallback(level[0]) for level in levels])
+            for place, fallback in enumerate((torch.clone, torch.clone, torch.ones_like))
+        )
+        scale_T = ((1 / max(together, 1) + 1 / images_T) / (1 + 1 / images_T)).sqrt()
+        return (mean_T + (quantile_T - mean_T) * scale_T).where(quantile_T.isfinite(), quantile_T)
+
+    def scores(self, features_BF: Tensor) -> Tensor:
+        """Return `decision_function(features_BF)`, by the name it had first."""
+        return self.decision_function(features_BF)
 
     def prepared(self, device: torch.device) -> Any:
         """Return what scoring needs on a device, made once after each fit."""

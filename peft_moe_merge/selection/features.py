@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -71,17 +72,58 @@ class PatchTokens(FeatureSource):
             raise ValueError(f"`depth` counts blocks, at least 0; got {self.depth}.")
 
     def __call__(self, clip: nn.Module, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        tower = vision_tower(clip)
+        return Depths((self.depth,), ("mean", "deviation"))(clip, pixel_values, interpolate_pos_encoding)
+
+
+@dataclass(frozen=True)
+class Depths(FeatureSource):
+    """Tokens after several blocks side by side, in one pass that stops at the deepest: B x (depths x tokens x D).
+
+    Args:
+        depths: after how many blocks, ascending.
+        tokens: what is taken there: "class" is the class token, "mean" and "deviation" are those over the patch tokens.
+    """
+
+    kind: ClassVar[str] = "depths"
+    depths: tuple[int, ...] = (2, 4)
+    tokens: tuple[str, ...] = ("class", "mean")
+
+    def __post_init__(self):
+        for name in ("depths", "tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+        if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 0:
+            raise ValueError(f"`depths` counts blocks, each at least 0, ascending; got {self.depths}.")
+        if not self.tokens or len(set(self.tokens)) < len(self.tokens) or not set(self.tokens) <= TOKENS.keys():
+            raise ValueError(f"`tokens` must be different ones of {list(TOKENS)}, got {self.tokens}.")
+
+    def __call__(self, clip: nn.Module, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        parts = []
+        for x_BLD in self._hidden(vision_tower(clip), pixel_values, interpolate_pos_encoding):
+            x_BLD = x_BLD.float()
+            parts += [TOKENS[token](x_BLD) for token in self.tokens]
+        return torch.cat(parts, dim=1)
+
+    def _hidden(
+        self, tower: CLIPVisionModel, pixel_values: Tensor, interpolate_pos_encoding: bool
+    ) -> Iterator[Tensor]:
         blocks = tower.encoder.layers
-        if self.depth > len(blocks):
-            raise ValueError(f"depth={self.depth}, but the vision tower has {len(blocks)} blocks.")
+        if self.depths[-1] > len(blocks):
+            raise ValueError(f"depth={self.depths[-1]}, but the vision tower has {len(blocks)} blocks.")
         embedded_BLD = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         x_BLD = tower.pre_layrnorm(embedded_BLD)
-        for block in blocks[: self.depth]:
-            x_BLD = block(x_BLD, attention_mask=None)
-        patches_BLD = x_BLD[:, 1:].float()
-        deviation_BD, mean_BD = torch.std_mean(patches_BLD, dim=1, correction=0)
-        return torch.cat([mean_BD, deviation_BD], dim=1)
+        for depth in range(self.depths[-1] + 1):
+            if depth:
+                x_BLD = blocks[depth - 1](x_BLD, attention_mask=None)
+            if depth in self.depths:
+                yield x_BLD
+
+
+TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "class": lambda x_BLD: x_BLD[:, 0],
+    "mean": lambda x_BLD: x_BLD[:, 1:].mean(dim=1),
+    "deviation": lambda x_BLD: x_BLD[:, 1:].std(dim=1, correction=0),
+}
+"""What can be taken from hidden states."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +165,7 @@ class AlexNetFeatures(FeatureSource):
 
 
 SOURCES: dict[str, type[FeatureSource]] = {
-    source.kind: source for source in (ImageFeatures, PatchTokens, AlexNetFeatures)
+    source.kind: source for source in (ImageFeatures, PatchTokens, Depths, AlexNetFeatures)
 }
 
 

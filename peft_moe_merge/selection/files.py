@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,13 @@ from peft_moe_merge.files import (
     sealed,
     whole,
 )
+from peft_moe_merge.registry import discover
 
-from .autoencoder import AutoencoderSelector
 from .base import Selector
 from .features import source_from_dict
-from .gaussian import GaussianSelector
-from .prototypes import PrototypeSelector, TextSelector
 
-SELECTORS: dict[str, type[Selector]] = {
-    selector.kind: selector for selector in (GaussianSelector, AutoencoderSelector, PrototypeSelector, TextSelector)
-}
+SELECTORS: dict[str, type[Selector]] = discover(sys.modules[__package__], Selector, "kind")
+"""All in this folder, by their `kind`."""
 WEIGHTS = "selector.safetensors"
 CONFIG = "selector.json"
 FORMAT_VERSION = 1

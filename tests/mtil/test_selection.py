@@ -14,7 +14,7 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.batches import eval_batches
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
 from peft_moe_merge.mtil.data.mini import mini_clip_path
-from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.methods import METHODS, Method, MethodSettings, Routed
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results, selection_rows
 from peft_moe_merge.mtil.results import empty_results, run_result, selected_right, write_results
@@ -56,11 +56,11 @@ def by_hand(method, selector, task, together):
     model, right, chosen, margins = method.model, 0, [], []
     (batch,) = eval_batches(task.test, method.processor.image_processor, batch_size=len(task.test))
     scores = selector.scores(model.frozen_features(selector.source, batch["pixel_values"]))
-    bars = torch.stack([own["threshold"] for own in selector.own])
     texts = {}
     for start in range(0, len(scores), together):
         mean = scores[start : start + together].double().mean(dim=0)
         best = int(mean.argmax())
+        bars = selector.thresholds(len(scores[start : start + together]))
         margins += [float(mean[best] - bars[best])] * len(scores[start : start + together])
         chosen += [best if margins[-1] >= 0 else -1] * len(scores[start : start + together])
     for image, label, router in zip(batch["pixel_values"], batch["labels"], chosen, strict=True):
@@ -85,6 +85,23 @@ def test_against_routing_by_hand(tasks, straight):
         assert told[decision]["confusion"][1] == expected and sum(expected) == len(tasks[1].test)
     assert all(stage["gaussian"]["per_image"]["auroc"] is not None for stage in progress.selection[:2])
     assert told["per_image"]["auroc"] is None, "nothing is left to learn"
+
+
+def test_candidates_tell_the_task(tasks, straight):
+    """The classes of a learnt data set leave its task, those of one to come none: plain CLIP, as before the stream."""
+    progress, _, _ = straight
+    plain = [stage["gaussian"]["candidates"]["accuracies"] for stage in progress.selection]
+    for learnt, stage in enumerate(progress.selection, start=1):
+        told = stage["gaussian"]["candidates"]
+        for position, task in enumerate(tasks):
+            column = position if position < learnt else len(tasks)
+            assert told["confusion"][position] == [
+                len(task.test) * (other == column) for other in range(len(tasks) + 1)
+            ]
+            if position < learnt:
+                assert told["accuracies"][position] == pytest.approx(progress.matrix[learnt - 1][position])
+        assert told["auroc"] is None
+    assert plain[0][2] == plain[1][2]
 
 
 def test_auroc_after_the_first_task(tasks, tmp_path):
@@ -115,6 +132,63 @@ def test_selectors_change_nothing_and_resume(tasks, straight, tmp_path):
         assert ours.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in ours.items())
     with pytest.raises(ValueError, match=r"other settings: .*reject_rate was 0.1, is 0.2"):
         run(tmp_path / "cut", tasks, selection=SelectorSettings(["gaussian", "text"], reject_rate=0.2), resume=True)
+
+
+class Foreign(Method):
+    """A method that is no mixture to the stream, and has routers all the same: it hands everything on to one."""
+
+    name = "foreign"
+
+    def __init__(self, clip, processor, settings):
+        super().__init__(clip, processor, settings)
+        self.inner = METHODS["moe_lora_merge"](clip, processor, settings)
+        self.learnt = self.inner.learnt
+        for hook in (
+            "trainable_parameters",
+            "loss",
+            "after_step",
+            "end_task",
+            "prepare_evaluation",
+            "image_features",
+            "class_features",
+            "save",
+            "set_task",
+            "frozen_features",
+            "routed_image_features",
+        ):
+            setattr(self, hook, getattr(self.inner, hook))
+
+    def begin_task(self, task):
+        self.inner.begin_task(task)
+        self.model = self.inner.model
+
+    def history(self):
+        return {"blocks": len(self.inner.history()["frozen"])}
+
+    def set_task(self, task): ...
+
+    def frozen_features(self, source, pixel_values): ...
+
+    def routed_image_features(self, pixel_values, task_ids): ...
+
+    def save(self, folder): ...
+
+    def load(self, folder): ...
+
+
+def test_any_method_with_routers_is_tried(tasks, straight, tmp_path, monkeypatch):
+    """The stream asks for what a method can do, not for what it is."""
+    monkeypatch.setitem(METHODS, "foreign", Foreign)
+    assert isinstance(Foreign(*load_clip(mini_clip_path()), METHOD), Routed)
+    progress, _ = run(tmp_path, tasks, "foreign")
+    assert (progress.matrix, progress.losses) == (straight[0].matrix, straight[0].losses)
+    assert progress.selection == straight[0].selection
+    assert progress.history == [{"blocks": 6}] * 3
+    told = run_result(5, progress)
+    assert told["blocks"] == [6, 6, 6] and told["merges"] == told["frozen"] == told["usage"] == []
+    assert not any(
+        isinstance(METHODS[name](*load_clip(mini_clip_path()), METHOD), Routed) for name in ("lora_per_task", "zscl")
+    )
 
 
 def test_methods_without_routers_pass(tasks, tmp_path):

@@ -44,12 +44,12 @@ def test_stream_over_real_digits(tasks, tmp_path):
     assert [len(row) for row in straight.matrix] == [3, 3, 3]
     for losses in straight.losses:
         assert len(losses) == 25 and sum(losses[-8:]) < sum(losses[:8]), "the loss falls in each task"
-    for merges in straight.merges:
-        assert [step for step, _ in merges] == [10, 20]
-    for block in straight.frozen[0]:
-        first, second, third = (set(frozen[block]) for frozen in straight.frozen)
+    for of_task in straight.history:
+        assert [step for step, _ in of_task["merges"]] == [10, 20]
+    for block in straight.history[0]["frozen"]:
+        first, second, third = (set(of_task["frozen"][block]) for of_task in straight.history)
         assert len(first) == 2 and first <= second <= third
-    assert any(len(frozen) > 2 for frozen in straight.frozen[-1].values())
+    assert any(len(frozen) > 2 for frozen in straight.history[-1]["frozen"].values())
     for later in (1, 2):  # a task not learnt yet is plain CLIP's
         for earlier in range(later):
             assert straight.matrix[earlier][later] == zero_shot.matrix[earlier][later]
@@ -58,7 +58,7 @@ def test_stream_over_real_digits(tasks, tmp_path):
     stopped = run(tmp_path / "resumed", tasks, stop_after=2)
     assert stopped.matrix == straight.matrix[:2]
     resumed = run(tmp_path / "resumed", tasks, resume=True)
-    assert (resumed.matrix, resumed.losses, resumed.frozen) == (straight.matrix, straight.losses, straight.frozen)
+    assert (resumed.matrix, resumed.losses, resumed.history) == (straight.matrix, straight.losses, straight.history)
     weights = [
         load_file(tmp_path / name / "after_3" / "adapter_model.safetensors") for name in ("straight", "resumed")
     ]
@@ -70,7 +70,7 @@ def test_stream_over_real_digits(tasks, tmp_path):
     clip, _ = load_clip(mini_clip_path())
     model = PeftModel.from_pretrained(clip, tmp_path / "straight" / "after_3")
     assert model.peft_config["default"].tasks == [task.name for task in tasks]
-    assert model.frozen_experts() == straight.frozen[-1]
+    assert model.frozen_experts() == straight.history[-1]["frozen"]
 
 
 def test_an_interrupted_task_is_done_anew(tasks, tmp_path, monkeypatch):
@@ -242,4 +242,4 @@ def test_photographs(real_images, real_clip, tmp_path):
         assert sum(losses[-10:]) < sum(losses[:10])
         assert ours.matrix[position][position] > zero_shot.matrix[0][position] + 3
     model = PeftModel.from_pretrained(load_clip(real_clip)[0], tmp_path / "moe_lora_merge" / "after_3")
-    assert model.frozen_experts() == ours.frozen[-1] and len(model.peft_config["default"].tasks) == 3
+    assert model.frozen_experts() == ours.history[-1]["frozen"] and len(model.peft_config["default"].tasks) == 3

@@ -46,6 +46,8 @@ def texts(task):
 def make(kind, **options):
     if kind == "autoencoder":
         options = {"iterations": 40, "bottleneck": 4, **options}
+    if kind == "ridge":
+        options = {"projection": 64, **options}
     return SELECTORS[kind](**options)
 
 
@@ -143,7 +145,7 @@ def test_an_image_is_judged_alone(kind):
     assert torch.equal(one_by_one, ids)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "prototypes", "autoencoder"])
+@pytest.mark.parametrize("kind", ["gaussian", "discriminant", "ridge", "prototypes", "autoencoder"])
 def test_they_tell_tasks_apart(kind):
     selector = fitted(make(kind, iterations=300) if kind == "autoencoder" else make(kind))
     chosen = [selector.select(task_data(task, seed=1)[0])[0] for task in range(3)]
@@ -168,9 +170,9 @@ def test_thresholds_move_with_the_covariance():
     old, new = torch.randn(2000, 4, generator=generator), 40 + 10 * torch.randn(2000, 4, generator=generator)
     selector = GaussianSelector(reject_rate=0.1, held_out=0.3)
     selector.fit("old", old)
-    before = selector.own[0]["threshold"].item()
+    before = selector.thresholds()[0].item()
     selector.fit("new", new)
-    assert selector.own[0]["threshold"] / before == pytest.approx(2 / 101, rel=0.1)  # (1 + 1) / (1 + 100)
+    assert selector.thresholds()[0].item() / before == pytest.approx(2 / 101, rel=0.1)  # (1 + 1) / (1 + 100)
     test = torch.randn(2000, 4, generator=generator)
     scores, bars = selector.judge(test)
     assert (scores[:, 0] < bars[:, 0]).float().mean().item() == pytest.approx(0.1, abs=0.03)
@@ -179,7 +181,7 @@ def test_thresholds_move_with_the_covariance():
 def test_prototypes_against_a_loop():
     selector = fitted(PrototypeSelector(held_out=1e-9), tasks=2)
     test = task_data(0, seed=1, images=10)[0]
-    scores = selector.scores(test)
+    scores = selector.decision_function(test)
     for image, row in zip(test, scores, strict=True):
         for task, score in enumerate(row):
             x, labels = task_data(task)
@@ -191,7 +193,7 @@ def test_prototypes_against_a_loop():
 def test_texts_against_a_loop():
     selector = fitted(TextSelector(), tasks=2)
     test = task_data(0, seed=1, images=10)[0]
-    for image, row in zip(test, selector.scores(test), strict=True):
+    for image, row in zip(test, selector.decision_function(test), strict=True):
         for task, score in enumerate(row):
             expected = max(nn.functional.cosine_similarity(image, text, dim=0).item() for text in texts(task))
             assert score.item() == pytest.approx(expected, abs=1e-5)
@@ -205,11 +207,11 @@ def test_autoencoder_is_the_published_one():
     hidden = torch.relu(target @ own["down_weight"].T + own["down_bias"])
     output = torch.sigmoid(hidden @ own["up_weight"].T + own["up_bias"])
     error = ((output - target) ** 2).mean(dim=1)
-    torch.testing.assert_close(selector.scores(test)[:, 0], -error, rtol=1e-5, atol=1e-7)
-    assert own["down_weight"].shape == (5, WIDTH) and selector.bytes_per_task == 4 * (2 * 5 * WIDTH + 5 + WIDTH) + 8
+    torch.testing.assert_close(selector.decision_function(test)[:, 0], -error, rtol=1e-5, atol=1e-7)
+    assert own["down_weight"].shape == (5, WIDTH) and selector.bytes_per_task == 4 * (2 * 5 * WIDTH + 5 + WIDTH) + 24
     longer = AutoencoderSelector(bottleneck=5, iterations=600, held_out=0.2)
     longer.fit("a", task_data(0)[0])
-    assert longer.scores(test).mean() > selector.scores(test).mean(), "training lowers the error"
+    assert longer.decision_function(test).mean() > selector.decision_function(test).mean(), "training lowers the error"
 
 
 def test_autoencoder_threshold_and_reference():
@@ -226,6 +228,45 @@ def test_autoencoder_threshold_and_reference():
     assert (ids[:150] == 0).float().mean() > 0.7 and (ids[150:] == NONE).float().mean() > 0.7
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "discriminant", "ridge"])
+def test_thresholds_of_batches_reject_what_they_should(kind):
+    """A share of single images, `reject_rate`; of a task's own batches few, of another's all, though means scatter less."""
+    selectors = [fitted(make(kind, reject_rate=0.1, held_out=0.3, seed=seed), images=3000) for seed in range(5)]
+    for size in (1, 4, 64):
+        rejected = []
+        for selector in selectors:
+            for task in range(3):
+                scores, bars = selector.judge(task_data(task, seed=1, images=3200)[0], together=size)
+                means = [values[:, task].reshape(-1, size).mean(dim=1) for values in (scores, bars)]
+                rejected.append((means[0] < means[1]).float().mean())
+        assert torch.stack(rejected).mean().item() == pytest.approx(0.1, abs=0.06), size
+    scores, bars = selector.judge(task_data(5, images=640)[0], together=64)
+    for group in zip(scores.split(64), bars.split(64), strict=True):
+        assert (decide(*group, per_batch=True)[0] == NONE).all()
+    one, many = selector.thresholds(1), selector.thresholds(64)
+    assert (many > one).all()
+    middle = selector.thresholds(4)
+    held_out = 128 if kind != "gaussian" else 900  # about
+    share = lambda together: ((1 / together + 1 / held_out) / (1 + 1 / held_out)) ** 0.5  # noqa: E731
+    torch.testing.assert_close(
+        (middle - one) / (many - one), torch.full_like(one, (1 - share(4)) / (1 - share(64))), rtol=2e-3, atol=0
+    )
+
+
+def test_among_allowed_tasks():
+    scores = torch.tensor([[5.0, 1.0, 2.0], [2.0, 3.0, 4.0]])
+    bars = torch.tensor([6.0, 0.5, 3.0]).expand(2, 3)
+    assert decide(scores, bars)[0].tolist() == [NONE, 2]
+    assert decide(scores, bars, allowed=[2, 1])[0].tolist() == [NONE, 2]
+    assert decide(scores, bars, allowed=[1])[0].tolist() == [1, 1]
+    selector = fitted(make("discriminant"))
+    x = torch.cat([task_data(task, seed=1)[0] for task in range(3)])
+    ids, scores = selector.select(x, allowed=[0, 2])
+    assert set(ids.tolist()) <= {NONE, 0, 2}
+    chosen = ids != NONE
+    assert torch.equal(ids[chosen], torch.where(scores[:, 2] > scores[:, 0], 2, 0)[chosen])
+
+
 def test_per_batch_is_the_decision_of_the_mean():
     scores = torch.tensor([[5.0, 1.0], [2.0, 3.0], [2.0, 4.0]])
     bars = torch.tensor([1.0, 2.5]).expand(3, 2)
@@ -233,6 +274,10 @@ def test_per_batch_is_the_decision_of_the_mean():
     ids, margins = decide(scores, bars, per_batch=True)
     assert ids.tolist() == [0, 0, 0] and margins.tolist() == [2.0, 2.0, 2.0]
     assert decide(scores, bars + 5, per_batch=True)[0].tolist() == [NONE] * 3
+    with pytest.raises(ValueError, match=r"ids of the 2 tasks, at least one; got \[\]"):
+        fitted(make("gaussian"), tasks=2).select(task_data(0)[0], allowed=[])
+    with pytest.raises(ValueError, match=r"ids of the 2 tasks, at least one; got \[0, 2\]"):
+        fitted(make("gaussian"), tasks=2).select(task_data(0)[0], allowed=[0, 2])
     selector = fitted(make("gaussian", per_batch=True))
     assert len(selector.select(task_data(1, seed=1)[0])[0].unique()) == 1
 
@@ -360,8 +405,8 @@ def test_few_images_fall_back_to_shrinkage_and_say_so():
     with pytest.warns(UserWarning, match="fewer than a covariance of 12 features needs") as said:
         selector.fit("few", task_data(0, images=9)[0])
     assert any("held-out images, too few" in str(warning.message) for warning in said)
-    assert selector.scores(task_data(0, seed=1)[0]).isfinite().all()
+    assert selector.decision_function(task_data(0, seed=1)[0]).isfinite().all()
     with pytest.warns(UserWarning, match="shrunk by 100%"):
         selector = GaussianSelector(held_out=1e-9)
         selector.fit("one", task_data(0, images=1)[0])
-    assert selector.scores(task_data(0, seed=1)[0]).isfinite().all()
+    assert selector.decision_function(task_data(0, seed=1)[0]).isfinite().all()

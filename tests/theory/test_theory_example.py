@@ -15,7 +15,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "theory.py"
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(EXAMPLE), "--out", str(folder), *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, str(EXAMPLE), "--output_dir", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -74,4 +77,6 @@ def test_bad_arguments_end_before_anything_is_written(tmp_path):
     (tmp_path / "taken").write_text("mine")
     done = run(tmp_path / "taken")
     assert done.returncode == 2 and "is a file" in done.stderr
+    done = run(tmp_path / "other", "--out", str(tmp_path / "taken"))  # as it was called
+    assert done.returncode == 2 and "is a file" in done.stderr and "`--out` is now `--output_dir`" in done.stderr
     assert (tmp_path / "taken").read_text() == "mine"

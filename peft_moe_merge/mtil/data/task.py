@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
+from tqdm import tqdm
 
 from .defects import refuse_null_images
 
@@ -47,6 +52,18 @@ class Task:
                     f"without a class name; its classes are {dict(enumerate(self.class_names))}."
                 )
 
+    @cached_property
+    def content(self) -> str:
+        """Hash what the task is made of, its name apart: classes, templates, and every label and image of both splits.
+
+        Images are read, not decoded.
+        """
+        state = hashlib.sha256(json.dumps([self.class_names, self.templates]).encode())
+        for dataset in (self.train, self.test):
+            state.update(labels_of(dataset).astype("int64").tobytes())
+            state.update(image_content(dataset, self.name).encode())
+        return state.hexdigest()[:16]
+
     def prompts(self, template: str) -> list[str]:
         """Fill a template with every class name."""
         return [template.format(name) for name in self.class_names]
@@ -55,3 +72,14 @@ class Task:
 def labels_of(dataset: Dataset, column: str = "label") -> np.ndarray:
     """Read the labels and nothing else: no image is touched, and none copied."""
     return dataset.select_columns(column).with_format("numpy")[:][column]
+
+
+def image_content(dataset: Dataset, name: str) -> str:
+    """Hash the files of all images, in their order; nothing is decoded. `name` is for a bar where it takes long."""
+    files = dataset.select_columns("image").cast_column("image", Image(decode=False))
+    state = hashlib.sha256()
+    for row in tqdm(files, desc=f"reading {name}", leave=False, delay=5):
+        image = row["image"]
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        state.update(len(content).to_bytes(8, "little") + content)
+    return state.hexdigest()

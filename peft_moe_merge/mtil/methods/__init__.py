@@ -1,33 +1,43 @@
-"""Continual learning methods, one a file. To add one: write the file, and name its class here."""
+"""Continual learning methods, one a file of this folder, found by their `name`."""
 
-from .base import Method, MethodSettings
-from .finetune import Finetune
-from .icarl import ICaRL
-from .lora import Lora
-from .lora_per_task import LoraPerTask
-from .lwf import LwF
-from .lwf_vr import LwFVR
-from .moe_adapters import MoEAdapters
-from .moe_lora_merge import MoELoraMerge
-from .wise_ft import WiseFT
-from .zero_shot import ZeroShot
-from .zscl import ZSCL
+from __future__ import annotations
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        ZeroShot,
-        Finetune,
-        Lora,
-        LoraPerTask,
-        WiseFT,
-        LwF,
-        LwFVR,
-        ZSCL,
-        ICaRL,
-        MoEAdapters,
-        MoELoraMerge,
-    )
-}
+import sys
+from dataclasses import Field, fields, make_dataclass
+from typing import Any
 
-__all__ = ["METHODS", "Method", "MethodSettings"]
+from peft_moe_merge.registry import discover
+
+from ..settings import borrowed
+from .base import Method, Routed, Settings
+
+METHODS: dict[str, type[Method]] = discover(sys.modules[__name__], Method)
+"""By name."""
+
+
+def _all_settings() -> list[tuple[str, Any, Field]]:
+    """Gather the settings of all methods, each once."""
+    gathered: dict[str, tuple[str, Any, Field]] = {}
+    for method in METHODS.values():
+        for name, kind, own in borrowed(method.settings_class, [own.name for own in fields(method.settings_class)]):
+            _, known_kind, known = gathered.setdefault(name, (name, kind, own))
+            if (known_kind, known.default, known.metadata) != (kind, own.default, own.metadata):
+                raise TypeError(f"Methods declare the setting {name!r} in two ways; {method.name!r} has the second.")
+    return list(gathered.values())
+
+
+class _Checked:
+    def __post_init__(self):
+        for settings_class in {method.settings_class for method in METHODS.values()}:
+            settings_class.of(self)
+
+
+MethodSettings = make_dataclass("MethodSettings", _all_settings(), bases=(_Checked,))
+MethodSettings.__module__ = __name__
+MethodSettings.__doc__ = """The settings of all methods, as the command line has them; each method takes what concerns it.
+
+Raises:
+    ValueError: a value that a method refuses.
+"""
+
+__all__ = ["METHODS", "Method", "MethodSettings", "Routed", "Settings"]

@@ -4,68 +4,64 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
+from peft_moe_merge.inference.zero_shot import class_features, prompts_of, tokenize
+from peft_moe_merge.selection import FeatureSource
+
 from ..data.batches import Batch
 from ..data.task import Task
 from ..settings import setting
 
-TEXT_BATCH = 512  # prompts that are encoded at once
-
 
 @dataclass
-class MethodSettings:
-    """What methods can be told; each takes what concerns it. The defaults are those of arXiv 2405.11530."""
+class Settings:
+    """What every method can be told. A method that can be told more has a subclass of its own.
+
+    A setting that several methods have is one option of the command line, so it must be declared alike. The defaults are
+    those of arXiv 2405.11530.
+
+    Raises:
+        ValueError: a value out of range.
+    """
 
     label_smoothing: float = setting(0.2, "of the cross-entropy")
-    num_experts: int = setting(55, "experts per block")
-    top_k: int = setting(2, "experts that a sample takes")
-    r: int = setting(64, "bottleneck rank of an expert")
-    merge_every: int = setting(100, "optimizer steps between merges of experts")
-    freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
-    merge_strategy: str = setting("average", "how two experts become one: average or aligned")
-    merge_pair: str = setting("most_used", "which two experts merge: most_used or most_similar")
-    merge_router_columns: str = setting(
-        "keep", "the router's column of an overwritten expert: keep, or mean of the two"
-    )
-    router_balance_loss: float = setting(0.0, "weight of the loss that spreads samples over experts")
-    router_locality_loss: float = setting(0.0, "weight of the loss that keeps routers off experts that moved far")
-    router_stop: int | None = setting(None, "steps of a task after which its routers train no more")
-    router_gap: float | None = setting(None, "stop each router by the gate-gap test with this threshold instead")
-    full_lr: float = setting(
-        5e-4, "peak learning rate of methods that train all of CLIP's weights; 1e-5 for CLIPs of the usual size"
-    )
-    lora_r: int = setting(16, "rank of a LoRA")
-    lora_lr: float = setting(5e-3, "peak learning rate of a LoRA")
-    wise_alpha: float = setting(0.5, "wise_ft: share of the weights after a task; the rest is of those before it")
-    distillation_weight: float = setting(1.0, "lwf, lwf_vr, zscl, icarl: of the distillation loss")
-    extra_batch_size: int = setting(
-        64, "random sentences, reference images or exemplars per step, on top of the task's"
-    )
-    average_every: int = setting(10, "zscl: optimizer steps between the weights that are averaged")
-    reference: str = setting(
-        "mini", "zscl: 'mini', drawings; 'tiny_imagenet', from the Hub; or a folder <class>/<images>"
-    )
-    exemplars: int = setting(500, "icarl: images kept, over all classes")
 
     def __post_init__(self):
-        for name in ("lora_r", "extra_batch_size", "average_every", "exemplars"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.wise_alpha <= 1:
-            raise ValueError(f"`wise_alpha` must lie in [0, 1], got {self.wise_alpha}.")
-        for name in ("full_lr", "lora_lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.distillation_weight < 0:
-            raise ValueError(f"`distillation_weight` must not be negative, got {self.distillation_weight}.")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"`label_smoothing` must lie in [0, 1], got {self.label_smoothing}.")
+
+    @classmethod
+    def of(cls, values: Any) -> Settings:
+        """Take them from an object that has at least these, such as `MethodSettings`."""
+        return cls(**{own.name: getattr(values, own.name) for own in fields(cls)})
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A method that has routers, one set per task: it can be tried with selectors that choose the task of an image.
+
+    Attributes:
+        learnt: the tasks that have routers, in order; a task's position is its id, and -1 is the model without them.
+    """
+
+    learnt: list[str]
+
+    def set_task(self, task: str | None) -> None:
+        """Let a task's routers encode from now on, or None."""
+
+    def frozen_features(self, source: FeatureSource, pixel_values: Tensor) -> Tensor:
+        """Compute what selectors look at: B x F."""
+
+    def routed_image_features(self, pixel_values: Tensor, task_ids: Tensor) -> Tensor:
+        """Encode each image by the routers of its task, an id per image: B x P, of unit length."""
 
 
 class Method(ABC):
@@ -74,18 +70,36 @@ class Method(ABC):
     The stream calls `begin_task`, then per step `loss` and `after_step`, then `end_task`; and between tasks, for the
     accuracies, `prepare_evaluation` and the two `features`.
 
+    A class in a file of this folder is found by its `name`. One that also is a [`Routed`] is tried with selectors.
+
+    Args:
+        clip: the pretrained model.
+        processor: of the CLIP.
+        settings: of `settings_class`, or an object that has at least those.
+
     Attributes:
         model: what is trained, and saved.
     """
 
     name: ClassVar[str]
+    settings_class: ClassVar[type[Settings]] = Settings
     trains: ClassVar[bool] = True
 
-    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: MethodSettings):
+    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         self.model: nn.Module = clip
         self.processor = processor
-        self.settings = settings
+        own = self.settings_class
+        self.settings = settings if isinstance(settings, own) else own.of(settings)
         clip.logit_scale.requires_grad_(False)
+
+    @classmethod
+    def check(cls, settings: Any, tasks: Sequence[Task]) -> None:
+        """Raise an error if these tasks can't be learnt with these settings. Asked before anything trains."""
+
+    @classmethod
+    def content(cls, settings: Any) -> dict[str, str]:
+        """Hash by name what else a run is shaped by, beside settings, data and model, such as files that they name."""
+        return {}
 
     def begin_task(self, task: Task) -> None:
         """Get ready to train a task."""
@@ -127,24 +141,20 @@ class Method(ABC):
     def class_features(self, task: Task, device: torch.device) -> Tensor:
         """Encode classes, the mean over the task's templates: C x P, of unit length.
 
-        The stream calls it once per evaluation of a task. Memory does not grow with the number of templates.
+        The stream calls it once per evaluation of a task.
         """
-        prompts = [prompt for template in task.templates for prompt in task.prompts(template)]
-        parts = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            tokens = self.tokenize(prompts[start : start + TEXT_BATCH])
-            tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
-            parts.append(F.normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1))
-        features_TCP = torch.cat(parts).unflatten(0, (len(task.templates), len(task.class_names)))
-        return F.normalize(features_TCP.mean(dim=0), dim=-1)
+        prompts = prompts_of(task.class_names, task.templates)
+        return class_features(self.model, self.processor.tokenizer, prompts, device=device)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenize prompts, padded to the longest: under CLIP's causal mask that is exact, and cheaper than 77."""
-        tokens = self.processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        """Tokenize prompts, padded to the longest."""
+        return tokenize(self.processor.tokenizer, prompts)
 
-    def story(self) -> dict[str, Any]:
-        """Tell what happened inside during the task just ended, for the report: fields of `Progress`."""
+    def history(self) -> dict[str, Any]:
+        """Tell what happened inside during the task just ended: values that JSON can hold, by name.
+
+        They are kept per task in `Progress.history`, and a list of them, one per task, in `results.json`.
+        """
         return {}
 
     @abstractmethod

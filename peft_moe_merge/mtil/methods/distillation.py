@@ -4,11 +4,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..settings import check_at_least, setting
+from .whole_clip import WholeClipSettings
+
 TEMPERATURE = 2.0
 """Of both softmaxes, as in LwF (arXiv 1606.09282) and ZSCL (arXiv 2303.06628)."""
+
+
+@dataclass
+class DistillationSettings(WholeClipSettings):
+    """Of methods that train all weights and distil."""
+
+    distillation_weight: float = setting(1.0, "lwf, lwf_vr, zscl, icarl: of the distillation loss")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 0, "distillation_weight")
+
+
+@dataclass
+class ExtraBatchSettings(DistillationSettings):
+    """Of methods that look at other things beside a task's batch."""
+
+    extra_batch_size: int = setting(
+        64, "random sentences, reference images or exemplars per step, on top of the task's"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "extra_batch_size")
 
 
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:

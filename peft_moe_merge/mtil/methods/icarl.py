@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,21 @@ from peft_moe_merge.inference.rgb import to_rgb
 
 from ..data.batches import Batch, eval_batches
 from ..data.task import Task, labels_of
-from .distillation import distillation_loss
+from ..settings import check_at_least, setting
+from .distillation import ExtraBatchSettings, distillation_loss
 from .herding import herd
 from .whole_clip import WholeClip, frozen_copy
+
+
+@dataclass
+class ICaRLSettings(ExtraBatchSettings):
+    """Of iCaRL."""
+
+    exemplars: int = setting(500, "icarl: images kept, over all classes")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "exemplars")
 
 
 class ICaRL(WholeClip):
@@ -33,6 +47,7 @@ class ICaRL(WholeClip):
     """
 
     name = "icarl"
+    settings_class = ICaRLSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -41,16 +56,22 @@ class ICaRL(WholeClip):
         self.pixels_N3HW = torch.zeros(0, 3, size["height"], size["width"], dtype=torch.uint8)
         self.classes_N = torch.zeros(0, dtype=torch.long)  # numbered over all earlier tasks
 
+    @classmethod
+    def check(cls, settings: ICaRLSettings, tasks: Sequence[Task]) -> None:
+        """Refuse a memory that has no room for an image of every class."""
+        classes = 0
+        for task in tasks:
+            classes += len(task.class_names)
+            if settings.exemplars < classes:
+                raise ValueError(
+                    f"exemplars={settings.exemplars} is less than one image for each of the {classes} classes up to "
+                    f"task {task.name!r}; allow more."
+                )
+
     def begin_task(self, task: Task) -> None:
         self.task = task
         self.task_prompts = task.prompts(task.templates[0])
         self.earlier_prompts = [prompt for prompts in self.earlier for prompt in prompts]
-        classes = len(self.earlier_prompts) + len(self.task_prompts)
-        if self.settings.exemplars < classes:
-            raise ValueError(
-                f"exemplars={self.settings.exemplars} is less than one image for each of the {classes} classes up to "
-                f"task {task.name!r}; allow more."
-            )
         super().begin_task(task)
         self.teacher = frozen_copy(self.model)
         # of the task's seed, but apart from the generator that crops images: all methods see the same crops
@@ -62,7 +83,7 @@ class ICaRL(WholeClip):
             return super().loss(model, batch)
         device = batch["pixel_values"].device
         rows_X = torch.randperm(len(self.classes_N), generator=self.generator)[: self.settings.extra_batch_size]
-        pixels = torch.cat([batch["pixel_values"], self._normalized(self.pixels_N3HW[rows_X]).to(device)])
+        pixels = torch.cat([batch["pixel_values"], self.normalized(self.pixels_N3HW[rows_X]).to(device)])
         classes_X = self.classes_N[rows_X].to(device)
         tokens = self.tokenize(self.earlier_prompts + self.task_prompts)
         tokens = {name: ids.to(device) for name, ids in tokens.items()}
@@ -85,7 +106,8 @@ class ICaRL(WholeClip):
             logits[:, :old], teacher
         )
 
-    def _normalized(self, pixels_X3HW: Tensor) -> Tensor:
+    def normalized(self, pixels_X3HW: Tensor) -> Tensor:
+        """Turn kept images into what the model takes."""
         processor = self.processor.image_processor
         mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
         return (pixels_X3HW.float() * processor.rescale_factor - mean) / std

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ..data.task import Task
-from .base import Method
+from ..settings import check_at_least, check_positive, setting
+from .base import Method, Settings
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 """All linear layers of both towers' blocks; CLIP's two projections stay as they are."""
@@ -18,10 +20,24 @@ def lora_config(r: int) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS)
 
 
+@dataclass
+class LoraSettings(Settings):
+    """Of methods with PEFT's LoRA."""
+
+    lora_r: int = setting(16, "rank of a LoRA")
+    lora_lr: float = setting(5e-3, "peak learning rate of a LoRA")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "lora_r")
+        check_positive(self, "lora_lr")
+
+
 class Lora(Method):
     """The same low-rank adapter, PEFT's own, learns each task in turn."""
 
     name = "lora"
+    settings_class = LoraSettings
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from ..data.task import Task
 from .base import Method
-from .lora import lora_config
+from .lora import LoraSettings, lora_config
 
 
 class LoraPerTask(Method):
@@ -20,6 +20,7 @@ class LoraPerTask(Method):
     """
 
     name = "lora_per_task"
+    settings_class = LoraSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..data.task import Task
-from .distillation import distillation_loss
+from .distillation import DistillationSettings, distillation_loss
 from .whole_clip import WholeClip, frozen_copy
 
 
@@ -27,6 +27,7 @@ class LwF(WholeClip):
     """
 
     name = "lwf"
+    settings_class = DistillationSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

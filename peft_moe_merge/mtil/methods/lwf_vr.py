@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..data.task import Task
+from .distillation import ExtraBatchSettings
 from .lwf import LwF
 
 WORDS = 6
@@ -22,6 +23,7 @@ class LwFVR(LwF):
     """
 
     name = "lwf_vr"
+    settings_class = ExtraBatchSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

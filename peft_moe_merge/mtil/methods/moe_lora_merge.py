@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
 from peft_moe_merge.callbacks.base import TaskCallback
+from peft_moe_merge.selection import FeatureSource
 
 from ..data.batches import Batch
 from ..data.task import Task
-from .base import Method, MethodSettings
+from ..settings import borrowed, check_at_least, check_positive, setting
+from .base import Method, Settings
+
+TUNER_OPTIONS = (
+    "num_experts",
+    "top_k",
+    "r",
+    "merge_strategy",
+    "merge_pair",
+    "merge_router_columns",
+    "router_balance_loss",
+    "router_locality_loss",
+)
+"""Fields of `MoELoraMergeConfig` that are settings here too, with its types, defaults and explanations."""
+
+TunerSettings = make_dataclass("TunerSettings", borrowed(MoELoraMergeConfig, TUNER_OPTIONS), bases=(Settings,))
+
+
+@dataclass
+class MixtureSettings(TunerSettings):
+    """Of methods with a mixture of LoRA experts: the tuner's, and when experts merge and freeze and routers stop."""
+
+    merge_every: int = setting(100, "optimizer steps between merges of experts")
+    freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
+    router_stop: int | None = setting(None, "steps of a task after which its routers train no more")
+    router_gap: float | None = setting(None, "stop each router by the gate-gap test with this threshold instead")
+    router_explore: int = setting(100, "steps of a task before the gate-gap test of --router_gap begins")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "merge_every")
+        check_at_least(self, 0, "freeze_top_k", "router_stop", "router_explore")
+        if self.router_gap is not None:
+            check_positive(self, "router_gap")
+        self.config(["any"])  # the tuner checks what is its own
+
+    def config(self, tasks: list[str]) -> MoELoraMergeConfig:
+        """Return the tuner's configuration for these tasks."""
+        return MoELoraMergeConfig(tasks=tasks, **{name: getattr(self, name) for name in TUNER_OPTIONS})
 
 
 class MoELoraMerge(Method):
     """Arriving at a task adds its routers; at test time the task's own routers route, and plain CLIP where it has none."""
 
     name = "moe_lora_merge"
+    settings_class = MixtureSettings
 
     @property
     def merge_every(self) -> int | None:
         """Optimizer steps between merges; None never merges."""
         return self.settings.merge_every
 
-    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: MethodSettings):
+    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         super().__init__(clip, processor, settings)
+        settings = self.settings
         self.merging = ExpertMergeCallback(self.merge_every, settings.freeze_top_k)
         self.callbacks: list[TaskCallback] = [self.merging]
         if settings.router_gap is not None:
-            self.callbacks.append(RouterFreezeCallback(gap=settings.router_gap, explore=settings.merge_every))
+            self.callbacks.append(RouterFreezeCallback(gap=settings.router_gap, explore=settings.router_explore))
         elif settings.router_stop is not None:
             self.callbacks.append(RouterFreezeCallback(at_step=settings.router_stop))
         self.learnt: list[str] = []
@@ -41,18 +84,7 @@ class MoELoraMerge(Method):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         if not isinstance(self.model, PeftModel):
-            names = (
-                "num_experts",
-                "top_k",
-                "r",
-                "merge_strategy",
-                "merge_pair",
-                "merge_router_columns",
-                "router_balance_loss",
-                "router_locality_loss",
-            )
-            config = MoELoraMergeConfig(tasks=[task.name], **{name: getattr(self.settings, name) for name in names})
-            self.model = get_peft_model(self.model, config)
+            self.model = get_peft_model(self.model, self.settings.config([task.name]))
         else:
             self.model.add_task(task.name)
         self.model.set_task(task.name)
@@ -75,9 +107,19 @@ class MoELoraMerge(Method):
             callback.end_task(self.model)
 
     def prepare_evaluation(self, task: Task) -> None:
-        self.model.set_task(task.name if task.name in self.learnt else None)
+        self.set_task(task.name if task.name in self.learnt else None)
 
-    def story(self) -> dict[str, Any]:
+    def set_task(self, task: str | None) -> None:
+        self.model.set_task(task)
+
+    def frozen_features(self, source: FeatureSource, pixel_values: Tensor) -> Tensor:
+        return self.model.frozen_features(source, pixel_values)
+
+    def routed_image_features(self, pixel_values: Tensor, task_ids: Tensor) -> Tensor:
+        output = self.model.get_image_features(pixel_values, task_ids=task_ids)
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    def history(self) -> dict[str, Any]:
         return {
             "merges": self.merging.merges,
             "frozen": self.model.frozen_experts(),

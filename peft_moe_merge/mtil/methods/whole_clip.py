@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from .base import Method
+from ..settings import check_positive, setting
+from .base import Method, Settings
+
+
+@dataclass
+class WholeClipSettings(Settings):
+    """Of methods that train all of CLIP's weights."""
+
+    full_lr: float = setting(
+        5e-4, "peak learning rate of methods that train all of CLIP's weights; 1e-5 for CLIPs of the usual size"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "full_lr")
 
 
 class WholeClip(Method):
     """Trains all weights but the logit scale, and keeps them all."""
+
+    settings_class = WholeClipSettings
 
     def learning_rate(self, lr: float) -> float:
         return self.settings.full_lr

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..data.task import Task
-from .whole_clip import WholeClip, frozen_copy
+from ..settings import setting
+from .whole_clip import WholeClip, WholeClipSettings, frozen_copy
+
+
+@dataclass
+class WiseFTSettings(WholeClipSettings):
+    """Of WiSE-FT."""
+
+    wise_alpha: float = setting(0.5, "wise_ft: share of the weights after a task; the rest is of those before it")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.wise_alpha <= 1:
+            raise ValueError(f"`wise_alpha` must lie in [0, 1], got {self.wise_alpha}.")
 
 
 class WiseFT(WholeClip):
@@ -17,6 +32,7 @@ class WiseFT(WholeClip):
     """
 
     name = "wise_ft"
+    settings_class = WiseFTSettings
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +18,24 @@ from peft_moe_merge.inference.rgb import to_rgb
 
 from ..data.batches import Batch
 from ..data.reference import load_reference
-from ..data.task import Task
-from .distillation import distillation_loss
+from ..data.task import Task, image_content
+from ..settings import check_at_least, setting
+from .distillation import ExtraBatchSettings, distillation_loss
 from .whole_clip import WholeClip, frozen_copy
+
+
+@dataclass
+class ZSCLSettings(ExtraBatchSettings):
+    """Of ZSCL."""
+
+    average_every: int = setting(10, "zscl: optimizer steps between the weights that are averaged")
+    reference: str = setting(
+        "mini", "zscl: 'mini', drawings; 'tiny_imagenet', from the Hub; or a folder <class>/<images>"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "average_every")
 
 
 class ZSCL(WholeClip):
@@ -31,11 +49,23 @@ class ZSCL(WholeClip):
     """
 
     name = "zscl"
+    settings_class = ZSCLSettings
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.teacher = frozen_copy(self.model)
         self.reference = load_reference(self.settings.reference)
+
+    @classmethod
+    def check(cls, settings: ZSCLSettings, tasks: Sequence[Task]) -> None:
+        """Refuse a reference set that can't be had."""
+        load_reference(settings.reference)
+
+    @classmethod
+    def content(cls, settings: ZSCLSettings) -> dict[str, str]:
+        reference = load_reference(settings.reference)
+        sentences = hashlib.sha256("\n".join(reference.sentences).encode()).hexdigest()
+        return {"reference_content": image_content(reference.images, "the reference")[:16] + sentences[:16]}
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

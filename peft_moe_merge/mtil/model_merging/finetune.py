@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,9 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
-from transformers import CLIPModel
+from transformers import CLIPModel, get_cosine_schedule_with_warmup
 
+from peft_moe_merge.inference import zero_shot
 from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import zero_shot_logits
 
@@ -45,7 +45,7 @@ def finetune(
     model = copy.deepcopy(clip).train().requires_grad_(False)
     model.vision_model.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     streams = [endless(batches(t.finetune, batch_size), t.name, seed + 1009 * i) for i, t in enumerate(tasks)]
     title = f"fine-tuning on {tasks[0].name if len(tasks) == 1 else f'{len(tasks)} tasks'}"
@@ -67,8 +67,8 @@ def accuracy(model: torch.nn.Module, images: TensorDataset, head_CD: torch.Tenso
     """Return the percentage of images whose class has the nearest text."""
     model.eval()
     device = next(model.parameters()).device
-    right = 0
-    for pixels, labels in batches(images, batch_size, shuffle=False):
-        logits = zero_shot_logits(model, pixels.to(device), head_CD)
-        right += (logits.argmax(-1).cpu() == labels).sum().item()
-    return 100.0 * right / len(images)
+
+    def image_features(pixels: torch.Tensor) -> torch.Tensor:
+        return model.get_image_features(pixel_values=pixels.to(device)).pooler_output.float()
+
+    return zero_shot.accuracy(image_features, batches(images, batch_size, shuffle=False), head_CD.to(device).float())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.inference.rgb import to_rgb
+from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 
 from ..data.task import Task
 
@@ -43,11 +43,6 @@ def load_images(task: Task, clip: CLIPModel, processor: CLIPProcessor, seed: int
         processor: its processor.
         seed: of the division of the training images.
     """
-    head_CD = torch.zeros(len(task.class_names), clip.config.projection_dim)
-    for template in task.templates:
-        tokens = processor.tokenizer(task.prompts(template), padding=True, truncation=True, return_tensors="pt")
-        tokens = {name: tokens[name].to(clip.device) for name in ("input_ids", "attention_mask")}
-        head_CD += F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1).cpu()
 
     def preprocess(rows) -> TensorDataset:
         images = [to_rgb(image) for image in rows["image"]]
@@ -58,7 +53,7 @@ def load_images(task: Task, clip: CLIPModel, processor: CLIPProcessor, seed: int
     adapt = max(1, len(order) // 5)
     return TaskImages(
         name=task.name,
-        head_CD=F.normalize(head_CD, dim=-1),
+        head_CD=class_features(clip, processor.tokenizer, prompts_of(task.class_names, task.templates)).cpu(),
         finetune=preprocess(task.train.select(order[adapt:])),
         adapt=preprocess(task.train.select(order[:adapt])),
         test=preprocess(task.test),

@@ -22,8 +22,9 @@ from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetu
 
 from ..checkpoint import GO_ON
 from ..data.task import Task
+from ..fingerprint import differences, fingerprint
 from ..results import write_results
-from ..settings import setting
+from ..settings import check_at_least, check_positive, setting
 from .corruptions import corrupt
 from .finetune import accuracy, finetune
 from .images import TaskImages, batches, load_images
@@ -58,6 +59,10 @@ class StudySettings:
     adapt_batch_size: int = setting(16, "images per task and adaptation step")
     scaling: float = setting(0.3, "weight of task vectors")
     transductive: bool = setting(False, "adapt on the test images themselves, as the papers do")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "finetune_steps", "batch_size", "adapt_steps", "adapt_batch_size")
+        check_positive(self, "finetune_lr", "adapt_lr", "scaling")
 
 
 @dataclass(frozen=True)
@@ -116,20 +121,24 @@ def run_study(
         "stored_numbers", "seconds"}}, "robustness": {corruption: {method: {task: %}}}}`.
 
     Raises:
-        ValueError: the folder holds a run with other settings or tasks.
+        ValueError: the folder holds a run with other settings, data or weights.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     names = {"tasks": [task.name for task in tasks], "held_out": [task.name for task in held_out]}
     file = output_dir / "seed.json"
     result: dict[str, Any] = {"seed": seed, **names, "settings": asdict(settings), "rows": {}, "robustness": {}}
+    clip, processor = build_clip()
+    shaped_by = fingerprint((*tasks, *held_out), clip, processor, accelerator, settings)
+    result["fingerprint"] = {**shaped_by, **names, "seed": seed}
     if file.exists():
         saved = json.loads(file.read_text())
-        differing = [key for key in ("seed", "tasks", "held_out", "settings") if saved[key] != result[key]]
-        if differing:
-            raise ValueError(f"{output_dir} holds a run with other {differing}: choose another --output_dir.")
+        if changed := differences(saved.get("fingerprint", {}), result["fingerprint"]):
+            raise ValueError(
+                f"{str(output_dir)!r} holds a run with other settings: {changed}. Use those of the run, or choose another "
+                "output folder (`--output_dir`)."
+            )
         result = saved
 
-    clip, processor = build_clip()
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
     material = [load_images(task, clip, processor, seed) for task in (*tasks, *held_out)]
     learnt, unseen = tuple(material[: len(tasks)]), tuple(material[len(tasks) :])

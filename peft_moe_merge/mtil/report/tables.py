@@ -18,7 +18,7 @@ BASELINE = "moe_adapters"
 """The method that the others are compared with, unless another is named."""
 
 COMPARED = METRICS[:3]  # what the paper's tables show
-DECISIONS = ("per_image", "per_batch")
+DECISIONS = ("per_image", "per_batch", "candidates")
 SELECTION_CAPTION = (
     "Nobody names the task: a selector chooses it, or none of them, which is plain CLIP. Δ Last: to the true task. "
     "right: the image's task, or none if it is not learnt yet, over all data sets and stages. AUROC: telling images of "
@@ -198,6 +198,8 @@ def decision_label(results: dict[str, Any], decision: str) -> str:
     """Name a decision; that for many images at once by their number."""
     if decision == "per_image":
         return "per image"
+    if decision == "candidates":
+        return "per image, the data set's classes given"
     return f"per batch of {(results.get('settings') or {}).get('selector_batch', '?')}"
 
 

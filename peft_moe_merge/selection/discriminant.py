@@ -1,0 +1,169 @@
+"""Regularized discriminant analysis: a Gaussian per task or class, between linear and quadratic.
+
+Shapes: B images, K images kept for calibration, F features, C components of a task, T tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .features import FeatureSource
+from .incremental import IncrementalSelector, State
+from .moments import Moments
+
+TEMPERATURES = torch.logspace(-4, 1, 21, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Component:
+    """What scoring one task needs: `whitening_FF` makes its distances Euclidean, from `centre_F` on."""
+
+    centre_F: Tensor
+    whitening_FF: Tensor
+    means_CF: Tensor
+    constant: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Component:
+        moved = (part.to(device, dtype) for part in (self.centre_F, self.whitening_FF, self.means_CF))
+        return Component(*moved, self.constant)
+
+    def log_density(self, features_BF: Tensor) -> Tensor:
+        """Return the logarithm of the density of each image, up to what is the same for all tasks: B."""
+        white_BF = (features_BF - self.centre_F) @ self.whitening_FF
+        # |x|^2 is the same for all components; taken last, it does not blur their differences
+        fits_BC = white_BF @ self.means_CF.T - 0.5 * self.means_CF.square().sum(dim=1)
+        return fits_BC.logsumexp(dim=1) - 0.5 * white_BF.square().sum(dim=1) + self.constant
+
+
+def component(means_CF: Tensor, covariance_FF: Tensor) -> Component:
+    """Make the mixture of equally likely Gaussians with these means and one covariance."""
+    lower_FF = torch.linalg.cholesky(covariance_FF)
+    identity_FF = torch.eye(len(lower_FF), dtype=lower_FF.dtype)
+    whitening_FF = torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False).T
+    centre_F = means_CF.mean(dim=0)
+    constant = -lower_FF.diagonal().log().sum().item() - math.log(len(means_CF))
+    return Component(centre_F, whitening_FF, (means_CF - centre_F) @ whitening_FF, constant)
+
+
+class DiscriminantSelector(IncrementalSelector):
+    """Gaussians whose covariance lies between that of their task and one for all tasks (Friedman 1989).
+
+    A task's score is the logarithm of its density, up to what is the same for all: `-d^2 / 2 - log det(S) / 2`, with
+    `d` the Mahalanobis distance from its mean. Its covariance is `S = (1 - shared) S_task + shared S_all`, scatter
+    within tasks (or classes) over their number of images, of which `shrinkage` then takes that share from the
+    correlations, while variances stay. `shared=1` is linear discriminant analysis, `shared=0` quadratic.
+
+    Both are chosen on the images kept for calibration: the least cross-entropy of the tasks, at the best temperature.
+
+    Args:
+        source, reject_rate, held_out, per_batch, seed, calibration: see `IncrementalSelector`.
+        means: one per "tasks", or per "classes", equally likely within a task; needs labels.
+        shared: to choose from, in [0, 1]. With 1 alone a task adds its means, else 8 F^2 bytes more.
+        shrinkage: to choose from, in [0, 1].
+    """
+
+    kind = "discriminant"
+    shared_names = ("scatter",)
+
+    def __init__(
+        self,
+        source: FeatureSource | None = None,
+        *,
+        means: Literal["tasks", "classes"] = "tasks",
+        shared: Sequence[float] = (0.0, 0.3, 0.6, 0.9, 1.0),
+        shrinkage: Sequence[float] = (0.003, 0.01, 0.03, 0.1),
+        **options: Any,
+    ):
+        super().__init__(source, **options)
+        if means not in ("tasks", "classes"):
+            raise ValueError(f"`means` must be 'tasks' or 'classes', got {means!r}.")
+        for name, values in (("shared", shared), ("shrinkage", shrinkage)):
+            if not values or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"`{name}` must be shares in [0, 1], at least one; got {list(values)}.")
+        self.means = means
+        self.shared_shares, self.shrinkage = tuple(shared), tuple(shrinkage)
+        self.linear = set(shared) == {1.0}
+        self.own_names = (*self.kept_names, "images", "counts", "means", *(() if self.linear else ("scatter",)))
+
+    def options(self) -> dict[str, Any]:
+        further = {"means": self.means, "shared": list(self.shared_shares), "shrinkage": list(self.shrinkage)}
+        return {**super().options(), **further}
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.means == "classes"
+
+    def _empty_sums(self, width: int) -> State:
+        empty = Moments(width)
+        sums = {"counts": empty.counts_C, "means": empty.means_CF}
+        return sums if self.linear else {**sums, "scatter": empty.scatter_FF}
+
+    def _absorb(self, own: State, shared: State, x_BF: Tensor, labels_B: Tensor) -> tuple[State, State]:
+        moments = Moments(x_BF.shape[1])
+        moments.counts_C, moments.means_CF = own["counts"].clone(), own["means"].clone()
+        before = shared if self.linear else own
+        if before.get("scatter") is not None:
+            moments.scatter_FF = before["scatter"].clone()
+        moments.update(x_BF, labels_B if self.needs_labels else torch.zeros_like(labels_B))
+        own = {**own, "counts": moments.counts_C, "means": moments.means_CF}
+        scatter = {"scatter": moments.scatter_FF}
+        return (own, scatter) if self.linear else ({**own, **scatter}, shared)
+
+    # ------------------------------------------------------------------------------------------------------- selecting
+
+    def _components(self, share: float, intensity: float) -> list[Component]:
+        """Make every task's Gaussians by the two shares, in float64."""
+        images = torch.stack([own["counts"].sum() for own in self.own])
+        within_FF = self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
+        pooled_FF = within_FF / images.sum()
+        floor = (pooled_FF.diagonal().mean().item() or 1.0) * 1e-6
+        made = []
+        for own, count in zip(self.own, images, strict=True):
+            covariance_FF = share * pooled_FF
+            if share < 1:
+                covariance_FF = covariance_FF + (1 - share) / count * own["scatter"]
+            variances_F = covariance_FF.diagonal().clamp_min(floor)
+            covariance_FF = (1 - intensity) * covariance_FF
+            covariance_FF.diagonal().copy_(variances_F)
+            made.append(component(own["means"][own["counts"] > 0], covariance_FF))
+        return made
+
+    @torch.no_grad()
+    def choose(self) -> tuple[float, float, float]:
+        """Return the share of the common covariance, the shrinkage, and the temperature that fit the kept images best.
+
+        `softmax(temperature * scores)` then is the posterior of the tasks.
+        """
+        kept_KF = torch.cat([own["kept"] for own in self.own]).double()
+        tasks_K = torch.cat([torch.full((len(own["kept"]),), task) for task, own in enumerate(self.own)])
+        best = (math.inf, max(self.shared_shares), max(self.shrinkage), 1.0)
+        for share in sorted(self.shared_shares, reverse=True):
+            for intensity in sorted(self.shrinkage, reverse=True):
+                if len(self.shared_shares) * len(self.shrinkage) == 1 or not len(kept_KF):
+                    return share, intensity, 1.0
+                try:
+                    made = self._components(share, intensity)
+                except torch.linalg.LinAlgError:
+                    continue  # too little shrinkage for so few images
+                scores_KT = torch.stack([one.log_density(kept_KF) for one in made], dim=1)
+                for temperature in TEMPERATURES.tolist():
+                    loss = F.cross_entropy(temperature * scores_KT, tasks_K).item()
+                    if loss < best[0]:
+                        best = loss, share, intensity, temperature
+        return best[1:]
+
+    def _prepare(self, device: torch.device) -> list[Component]:
+        share, intensity, _ = self.choose()
+        return [one.to(device, torch.float32) for one in self._components(share, intensity)]
+
+    def decision_function(self, features_BF: Tensor) -> Tensor:
+        made = self.prepared(features_BF.device)
+        with torch.autocast(features_BF.device.type, enabled=False):
+            return torch.stack([one.log_density(features_BF.float()) for one in made], dim=1)

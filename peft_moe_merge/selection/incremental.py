@@ -1,0 +1,189 @@
+"""Selectors that are made of sums: images in any order and any batches, of any task at any time, to the same result.
+
+Shapes: B images, K images kept for calibration, F features, T tasks.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Batches, Selector
+from .features import FeatureSource
+
+State = dict[str, Tensor]
+
+
+class IncrementalSelector(Selector):
+    """A selector whose state is sums over images, and the features of a few held-out images per task.
+
+    Which images are held out depends on the images alone: each draws a number in [0, 1) from its own features and the
+    seed. Those below `held_out` may be kept, of each task the `calibration` ones with the smallest numbers; all others
+    enter the sums. Regularization and thresholds are chosen on the images kept, anew whenever a task has joined. So
+    the result depends neither on the order of images and tasks nor on batches, and old images are never needed.
+
+    Args:
+        source, reject_rate, held_out, per_batch, seed: see `Selector`.
+        calibration: how many images of a task are kept at most, by their features; 4 F bytes each.
+        thresholds_by: "task", so that of each task about the same share is rejected; or "all", one threshold for the
+            best fit of all tasks, so that about this share is rejected of all together, but more of some tasks.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    kept_names = ("kept", "kept_draws", "kept_labels")
+
+    def __init__(
+        self,
+        source: FeatureSource | None = None,
+        *,
+        calibration: int = 128,
+        thresholds_by: Literal["task", "all"] = "task",
+        **options: Any,
+    ):
+        super().__init__(source, **options)
+        if calibration < 1:
+            raise ValueError(f"`calibration` must be at least 1 image per task, got {calibration}.")
+        if thresholds_by not in ("task", "all"):
+            raise ValueError(f"`thresholds_by` must be 'task' or 'all', got {thresholds_by!r}.")
+        self.calibration = calibration
+        self.thresholds_by = thresholds_by
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "calibration": self.calibration, "thresholds_by": self.thresholds_by}
+
+    # --------------------------------------------------------------------------------------------------------- fitting
+
+    def fit(self, task: str, features: Batches, texts_CP: Tensor | None = None) -> None:
+        self._check_new(task)
+        before = self.own, self.shared, self.tasks, self.width
+        try:
+            for batch in [features] if isinstance(features, Tensor) else features:
+                self.partial_fit(task, *(batch if isinstance(batch, tuple | list) else (batch,)))
+            fitted = int(self.own[-1]["images"]) if task in self.tasks else 0
+            if not fitted:
+                held_out = len(self.own[-1]["kept"]) if task in self.tasks else 0
+                raise ValueError(
+                    f"Task {task!r} has {held_out} images to fit with, of which {held_out} are held out: give more "
+                    "images."
+                )
+        except BaseException:
+            self.own, self.shared, self.tasks, self.width = before
+            self._prepared = {}
+            raise
+        self._warn_of_few(task, len(self.own[-1]["kept"]))
+
+    @torch.no_grad()
+    def partial_fit(self, task: str, features_BF: Tensor, labels_B: Tensor | None = None) -> None:
+        """Add images to a task, known or new. Nothing changes if this raises.
+
+        Args:
+            task: its name.
+            features_BF: of the images.
+            labels_B: their classes within the task, where the selector needs them.
+
+        Raises:
+            ValueError: features are NaN, infinite or of another width than those before; labels are missing that this
+                selector needs, or are not one per image.
+        """
+        self._check(features_BF, f"of task {task!r}")
+        if labels_B is None:
+            if self.needs_labels:
+                raise ValueError(f"{type(self).__name__} needs labels: pass batches of (features, labels).")
+            labels_B = torch.zeros(len(features_BF), dtype=torch.int64)
+        if labels_B.shape != features_BF.shape[:1]:
+            raise ValueError(
+                f"{len(features_BF)} images of task {task!r} with labels of shape {tuple(labels_B.shape)}."
+            )
+        features_BF, labels_B = features_BF.detach().cpu(), labels_B.detach().cpu()
+        position = self.tasks.index(task) if task in self.tasks else len(self.tasks)
+        old = self.own[position] if position < len(self.own) else self._empty(features_BF.shape[1])
+        draws_B = self._draws(features_BF)
+        held_B = draws_B < self.held_out
+        features = torch.cat([old["kept"], features_BF[held_B].float()])
+        draws, labels = (
+            torch.cat([old["kept_draws"], draws_B[held_B]]),
+            torch.cat([old["kept_labels"], labels_B[held_B]]),
+        )
+        order = draws.argsort(stable=True)
+        keep, rest = order[: self.calibration], order[self.calibration :]
+        new = {**old, "kept": features[keep], "kept_draws": draws[keep], "kept_labels": labels[keep]}
+        shared = self.shared
+        x_BF = torch.cat([features_BF[~held_B].float(), features[rest]]).double()
+        if len(x_BF):
+            new, shared = self._absorb(new, shared, x_BF, torch.cat([labels_B[~held_B], labels[rest]]))
+            new["images"] = old["images"] + len(x_BF)
+        if position == len(self.tasks):
+            self.tasks = [*self.tasks, task]
+        self.own = [*self.own[:position], new, *self.own[position + 1 :]]
+        self.shared, self.width, self._prepared = shared, features_BF.shape[1], {}
+
+    def _draws(self, features_BF: Tensor) -> Tensor:
+        """Draw a number in [0, 1) for each image: where it lies along a random direction, in hundredths, modulo one."""
+        direction_F = np.random.default_rng([self.seed, 1]).standard_normal(features_BF.shape[1])
+        x_BF = features_BF.double()
+        places_B = x_BF @ torch.from_numpy(direction_F) / x_BF.norm(dim=1).clamp_min(1e-300)
+        return (100 * places_B).remainder(1.0)
+
+    def _empty(self, width: int) -> State:
+        empty = {
+            "kept": torch.zeros(0, width),
+            "kept_draws": torch.zeros(0, dtype=torch.float64),
+            "kept_labels": torch.zeros(0, dtype=torch.int64),
+            "images": torch.zeros((), dtype=torch.int64),
+            "threshold": torch.tensor([-torch.inf, -torch.inf, 0.0], dtype=torch.float64),
+        }
+        return empty | self._empty_sums(width)
+
+    @property
+    @abstractmethod
+    def needs_labels(self) -> bool:
+        """Whether images must come with labels."""
+
+    @abstractmethod
+    def _empty_sums(self, width: int) -> State:
+        """Return a task's sums over no images."""
+
+    @abstractmethod
+    def _absorb(self, own: State, shared: State, x_BF: Tensor, labels_B: Tensor) -> tuple[State, State]:
+        """Add images (float64) of one task to the sums: return the task's and the shared ones, both new."""
+
+    # ------------------------------------------------------------------------------------------------------- selecting
+
+    def known(self, features_BF: Tensor, scores_BT: Tensor) -> Tensor:
+        """Return how well each image fits what is known of each task, the higher the better: B x T.
+
+        This is what thresholds are for; the scores themselves unless a selector has something better.
+        """
+        return scores_BT
+
+    def bars(self, features_BF: Tensor, scores_BT: Tensor, together: int = 1) -> Tensor:
+        known_BT = self.known(features_BF, scores_BT)
+        return scores_BT - known_BT + super().bars(features_BF, scores_BT, together)
+
+    def prepared(self, device: torch.device) -> Any:
+        if device not in self._prepared:
+            self._prepared[device] = self._prepare(device)
+            if len(self._prepared) == 1:
+                self._calibrate(device)
+        return self._prepared[device]
+
+    @torch.no_grad()
+    def _calibrate(self, device: torch.device) -> None:
+        """Set all thresholds from the images kept."""
+        if self.reject_rate == 0:
+            return
+        known = []
+        for position, own in enumerate(self.own):
+            kept_KF = own["kept"].to(device)
+            known.append(self.known(kept_KF, self.decision_function(kept_KF))[:, position].double().cpu())
+        for own, known_K in zip(self.own, known, strict=True):
+            of = known_K if self.thresholds_by == "task" else torch.cat(known)
+            if len(known_K):
+                quantile = of.quantile(self.reject_rate, interpolation="lower")
+                own["threshold"] = torch.stack([quantile, known_K.mean(), known_K.new_tensor(len(known_K))])
