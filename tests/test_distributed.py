@@ -28,7 +28,7 @@ FSDP2_CONFIG = Path(__file__).parents[1] / "examples" / "accelerate" / "one_node
 IMAGES, EXPERTS = 8, 6
 LABELS = torch.tensor([0, 1, 2, 0, 2, 1, 1, 0])
 FIRST_STEPS, STEPS = 30, 50
-LOOKS_AT_WEIGHTS = {"merge_pair": "most_similar", "merge_strategy": "aligned", "merge_router_columns": "mean"}
+LOOKS_AT_WEIGHTS = {"merge_pair": "most_similar", "merge_strategy": "aligned", "merge_routing": "mean"}
 
 
 class SameNoise(TorchFunctionMode):

@@ -115,7 +115,7 @@ def test_merge_overwrites_the_least_used_and_nothing_else(strategy):
 
 
 def test_router_columns_may_follow():
-    model = adapted(merge_router_columns="mean")
+    model = adapted(merge_routing="mean")
     randomize(model)
     set_usage(model, [7, 2, 9, 0, 5, 4, 3, 1])
     before = copy.deepcopy([model.router_parameters(BLOCK, task) for task in "ab"])

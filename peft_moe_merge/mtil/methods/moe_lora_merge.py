@@ -22,12 +22,11 @@ from ..settings import borrowed, check_at_least, check_positive, setting
 from .base import Method, Settings
 
 TUNER_OPTIONS = (
-    "num_experts",
     "top_k",
     "r",
     "merge_strategy",
     "merge_pair",
-    "merge_router_columns",
+    "merge_routing",
     "router_balance_loss",
     "router_locality_loss",
 )
@@ -40,6 +39,7 @@ TunerSettings = make_dataclass("TunerSettings", borrowed(MoELoraMergeConfig, TUN
 class MixtureSettings(TunerSettings):
     """Of methods with a mixture of LoRA experts: the tuner's, and when experts merge and freeze and routers stop."""
 
+    num_experts: int = setting(55, "experts per block, shared by all tasks")
     merge_every: int = setting(100, "optimizer steps between merges of experts")
     freeze_top_k: int = setting(2, "experts that freeze per block when a task ends")
     router_stop: int | None = setting(None, "steps of a task after which its routers train no more")
@@ -56,29 +56,25 @@ class MixtureSettings(TunerSettings):
 
     def config(self, tasks: list[str]) -> MoELoraMergeConfig:
         """Return the tuner's configuration for these tasks."""
-        return MoELoraMergeConfig(tasks=tasks, **{name: getattr(self, name) for name in TUNER_OPTIONS})
+        options = {name: getattr(self, name) for name in ("num_experts", *TUNER_OPTIONS)}
+        return MoELoraMergeConfig(tasks=tasks, **options)
 
 
-class MoELoraMerge(Method):
-    """Arriving at a task adds its routers; at test time the task's own routers route, and plain CLIP where it has none."""
+class RoutedByTask(Method):
+    """Methods of our tuner. Arriving at a task adds its routers; at test time the task's own routers route, and plain CLIP
+    where it has none.
 
-    name = "moe_lora_merge"
-    settings_class = MixtureSettings
+    Attributes:
+        callbacks: act when a task begins, after its steps and when it ends.
+        merging: the one of them that merges and freezes experts.
+        learnt: the tasks so far.
+    """
 
-    @property
-    def merge_every(self) -> int | None:
-        """Optimizer steps between merges; None never merges."""
-        return self.settings.merge_every
+    merging: ExpertMergeCallback
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         super().__init__(clip, processor, settings)
-        settings = self.settings
-        self.merging = ExpertMergeCallback(self.merge_every, settings.freeze_top_k)
-        self.callbacks: list[TaskCallback] = [self.merging]
-        if settings.router_gap is not None:
-            self.callbacks.append(RouterFreezeCallback(gap=settings.router_gap, explore=settings.router_explore))
-        elif settings.router_stop is not None:
-            self.callbacks.append(RouterFreezeCallback(at_step=settings.router_stop))
+        self.callbacks: list[TaskCallback] = []
         self.learnt: list[str] = []
 
     def begin_task(self, task: Task) -> None:
@@ -91,12 +87,6 @@ class MoELoraMerge(Method):
         for callback in self.callbacks:
             callback.begin_task(self.model)
         self.learnt.append(task.name)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss = super().loss(model, batch)
-        if self.settings.router_balance_loss or self.settings.router_locality_loss:
-            loss = loss + self.model.auxiliary_loss()
-        return loss
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for callback in self.callbacks:
@@ -133,3 +123,31 @@ class MoELoraMerge(Method):
     def load(self, folder: Path) -> None:
         self.model = PeftModel.from_pretrained(self.model, folder, is_trainable=True)
         self.learnt = list(self.model.peft_config["default"].tasks)
+
+
+class MoELoraMerge(RoutedByTask):
+    """The published method: shared experts, the two most used of which merge into the least used again and again."""
+
+    name = "moe_lora_merge"
+    settings_class = MixtureSettings
+
+    @property
+    def merge_every(self) -> int | None:
+        """Optimizer steps between merges; None never merges."""
+        return self.settings.merge_every
+
+    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
+        super().__init__(clip, processor, settings)
+        settings = self.settings
+        self.merging = ExpertMergeCallback(self.merge_every, settings.freeze_top_k)
+        self.callbacks = [self.merging]
+        if settings.router_gap is not None:
+            self.callbacks.append(RouterFreezeCallback(gap=settings.router_gap, explore=settings.router_explore))
+        elif settings.router_stop is not None:
+            self.callbacks.append(RouterFreezeCallback(at_step=settings.router_stop))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        if self.settings.router_balance_loss or self.settings.router_locality_loss:
+            loss = loss + self.model.auxiliary_loss()
+        return loss

@@ -32,7 +32,7 @@ SETTINGS = (
     "merge_every",
     "merge_pair",
     "merge_strategy",
-    "merge_router_columns",
+    "merge_routing",
     "freeze_top_k",
     "router_balance_loss",
     "router_locality_loss",

@@ -1,0 +1,63 @@
+"""What we recommend: every task gets a few linear experts of its own, beside all linear layers; the pool grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CLIPModel, CLIPProcessor
+
+from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
+
+from ..settings import check_at_least, check_positive, setting
+from .base import Settings
+from .moe_lora_merge import RoutedByTask
+
+
+@dataclass
+class PoolSettings(Settings):
+    """Of the expert pool: what differs from `MoELoraMergeConfig.pool()`."""
+
+    experts_per_task: int = setting(
+        2, "moe_lora_pool: experts of its own that a task gets per layer, all of which it takes"
+    )
+    max_experts: int | None = setting(
+        None, "moe_lora_pool: bound of the pool; a full one merges its most alike experts"
+    )
+    pool_r: int = setting(8, "moe_lora_pool: rank of an expert")
+    pool_lr: float = setting(5e-3, "moe_lora_pool: peak learning rate")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "experts_per_task", "pool_r")
+        check_positive(self, "pool_lr")
+        self.config(["any"])  # the tuner checks what is its own
+
+    def config(self, tasks: list[str]) -> MoELoraMergeConfig:
+        """Return the tuner's configuration for these tasks."""
+        return MoELoraMergeConfig.pool(
+            tasks=tasks,
+            experts_per_task=self.experts_per_task,
+            top_k=self.experts_per_task,
+            max_experts=self.max_experts,
+            r=self.pool_r,
+            lora_alpha=float(self.pool_r),
+        )
+
+
+class MoELoraPool(RoutedByTask):
+    """The tuner's preset. A task learns with experts that nobody else has; they freeze when it ends.
+
+    Experts merge only where `max_experts` bounds the pool, to make room for the next task.
+    """
+
+    name = "moe_lora_pool"
+    settings_class = PoolSettings
+
+    def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
+        super().__init__(clip, processor, settings)
+        self.merging = ExpertMergeCallback(None, self.settings.experts_per_task)
+        self.callbacks = [self.merging]
+
+    def learning_rate(self, lr: float) -> float:
+        return self.settings.pool_lr
