@@ -7,8 +7,6 @@ import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -20,20 +18,21 @@ from peft_moe_merge.selection.base import Selector
 from . import bake
 from .clip_forward import RoutedCLIP, RoutedPrompts, make_clips_routable
 from .config import NO_TASK, MoELoraMergeConfig, check_new_task, check_selector
-from .context import Adapters, latest_record
-from .distributed import all_say, gathered, overwrite, several_processes
+from .context import Adapters
+from .distributed import gathered
+from .expert_pool import ExpertPool
 from .experts import EXPERT_TENSORS, ExpertBank
 from .layer import MLP, NOT_MERGEABLE, Linear, MoELoraMergeLayer
 from .optimizer import watch_optimizers
-from .pool import STRATEGIES, Merge, choose_merge, choose_room, choose_union, favourites, untouched
 from .routed import RoutedBlock, RoutedModel, make_routable, restore_classes
-from .routers import Decisions, RouterBank
+from .router_training import RouterTraining
+from .routers import RouterBank
 from .weights import check_weights
 
 CLIP_MLP_BLOCKS = ["mlp"]
 
 
-class MoELoraMergeModel(BaseTuner):
+class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
     """Mixture of LoRA experts with one router per task, expert merging and freezing (arXiv 2405.11530).
 
     Created by `get_peft_model(model, MoELoraMergeConfig(...))`; every method here works through the `PeftModel`. They
@@ -297,43 +296,6 @@ class MoELoraMergeModel(BaseTuner):
         self._change_config(**changed)
         self._train_what_may_train()
 
-    def _allot_experts(self, task: str) -> dict[str, list[int]]:
-        """Find the experts of a new task in each block, and make them where there are too few."""
-        config, banks, routers = self._config, self.expert_banks(), self.router_banks()
-        reserved = config.task_experts == "reserved"
-
-        def free(name: str) -> list[int]:
-            if reserved:
-                return untouched(len(banks[name]), routers[name].columns.lists)
-            return (~banks[name].frozen).nonzero().flatten().tolist()
-
-        if reserved or config.num_experts == "grow":
-            missing = max(config.experts_per_task - len(free(name)) for name in banks)
-            size = len(next(iter(banks.values())))
-            bound = config.max_experts if config.num_experts == "grow" else size
-            growth = max(0, missing if bound is None else min(missing, bound - size))
-            if missing > growth and config.merge_at != "pool_full":
-                raise ValueError(
-                    f"The pool is full: task {task!r} needs {config.experts_per_task} experts, and {missing - growth} of "
-                    f"these are missing in a pool of at most {bound}. Make the adapter with num_experts='grow' and no "
-                    "`max_experts`, or with merge_at='pool_full', which merges old experts to make room."
-                )
-            for name in banks:
-                banks[name].grow(growth)
-                routers[name].grow(growth)
-                while reserved and len(free(name)) < config.experts_per_task:
-                    self._make_room(banks[name], routers[name], task)
-        if reserved:
-            return {name: free(name)[: config.experts_per_task] for name in banks}
-        return {name: list(range(len(bank))) for name, bank in banks.items()}
-
-    def _make_room(self, bank: ExpertBank, routers: RouterBank, task: str) -> None:
-        self.share_expert_usage()
-        merge = choose_room(list({expert for known in routers.columns.lists for expert in known}), bank.expert)
-        if merge is None:
-            raise ValueError(f"The pool is full, and no two experts are alike enough to make room for task {task!r}.")
-        self._unite(bank, routers, merge, routers.usage.sum(dim=0))
-
     # ---------------------------------------------------------------------------------------------- choosing the task
 
     def attach_selector(self, selector: Selector | None) -> None:
@@ -377,217 +339,6 @@ class MoELoraMergeModel(BaseTuner):
         For who calls blocks or towers by themselves; a call of the model takes `task_ids` as an argument.
         """
         return self.model.route(task_ids)
-
-    # -------------------------------------------------------------------------------- counting, merging, freezing
-
-    def expert_usage(self, task: str | None = None) -> dict[str, Tensor]:
-        """Tell how often a task selected each expert in training, since it began.
-
-        With several processes the counts are summed over all of them, and all of them must call.
-
-        Args:
-            task: its name; the current one by default, as in all that follows.
-
-        Returns:
-            Per block, int64 of shape E.
-
-        Raises:
-            ValueError: there is no such task, or no task is set.
-        """
-        index = self._task_index(task)
-        self.share_expert_usage()
-        return {name: routers.usage[index].clone() for name, routers in self.router_banks().items()}
-
-    def share_expert_usage(self) -> None:
-        """Add what every process has counted since the last time to the usage they agree on. All must call."""
-        banks = list(self.router_banks().values())
-        device = banks[0].usage.device
-        counts_NTE = torch.stack([routers.take_unshared_usage().to(device) for routers in banks])
-        if several_processes():
-            dist.all_reduce(counts_NTE)
-        for routers, counts_TE in zip(banks, counts_NTE, strict=True):
-            routers.usage += counts_TE.to(routers.usage.device)
-
-    def forget_unshared_usage(self) -> None:
-        """Drop what this process has counted since counts were last shared: a step that was not taken."""
-        for routers in self.router_banks().values():
-            routers.take_unshared_usage()
-
-    def reset_expert_usage(self) -> None:
-        """Start counting the current task's selections at zero. Without a current task there is nothing to count."""
-        if self.current_task is None:
-            return
-        index = self._task_index(None)
-        self.share_expert_usage()
-        for routers in self.router_banks().values():
-            routers.usage[index] = 0
-
-    @torch.no_grad()
-    def merge_experts(
-        self, optimizer: torch.optim.Optimizer | None = None, *, keep: int = 1, task: str | None = None
-    ) -> dict[str, Merge]:
-        """Merge two experts in every block, as the configuration says.
-
-        As published, the least used trainable expert is overwritten by the union of the two most used; with
-        merge_routing="redirect", two of the task's own experts become one. With several processes all of them must call;
-        they decide alike.
-
-        Args:
-            optimizer: forgets its state of the overwritten experts, so that they start without momentum.
-            keep: with "redirect", leave the task at least so many experts.
-            task: whose selections count, see `expert_usage`.
-
-        Returns:
-            Per block that had something to merge, which expert became the union of which two.
-        """
-        index, config = self._task_index(task), self._config
-        self.share_expert_usage()
-        merges = {}
-        for name, layer in self.adapted_layers().items():
-            bank, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
-            usage_E, own = routers.usage[index], routers.experts_of(index)
-            if config.merge_routing == "redirect":
-                merge = choose_union(usage_E, own, bank.expert, config.merge_pair, keep)
-            else:
-                open_to_it = torch.ones_like(bank.frozen)
-                if config.task_experts == "reserved":
-                    open_to_it[own] = False
-                    usage_E = usage_E.masked_fill(open_to_it, 0)
-                    frozen_E = bank.frozen | open_to_it
-                else:
-                    frozen_E = bank.frozen
-                merge = choose_merge(usage_E, frozen_E, bank.expert, config.merge_pair)
-            if merge is None:
-                continue
-            if config.merge_routing == "redirect":
-                changed = self._unite(bank, routers, merge, usage_E)
-            else:
-                changed = self._overwrite(bank, routers, merge, index)
-            for parameter in changed if optimizer is not None else ():
-                optimizer.state.pop(parameter, None)
-            merges[name] = merge
-        if merges and config.merge_routing == "redirect":
-            self._train_what_may_train()
-        return merges
-
-    def _overwrite(self, bank: ExpertBank, routers: RouterBank, merge: Merge, index: int) -> list[nn.Parameter]:
-        """Set a third expert to the union of two."""
-        union = self._union(bank, merge, routers.usage[index])
-        for name, tensor in union.items():
-            overwrite(getattr(bank, name)[merge.target], tensor)
-        if self._config.merge_routing == "mean":
-            columns = [routers.experts_of(index).index(expert) for expert in merge]
-            for parameter in routers.parameters_of(index):
-                weight_DC = gathered(parameter)
-                weight_DC[:, columns[0]] = weight_DC[:, columns[1:]].mean(dim=1)
-                overwrite(parameter, weight_DC)
-        return bank.parameters_of(merge.target)
-
-    def _union(self, bank: ExpertBank, merge: Merge, usage_E: Tensor) -> dict[str, Tensor]:
-        used = usage_E[[merge.first, merge.second]].double().tolist()
-        share = used[0] / sum(used) if sum(used) else 0.5
-        return STRATEGIES[self._config.merge_strategy](bank.expert(merge.first), bank.expert(merge.second), share)
-
-    @torch.no_grad()
-    def _unite(self, bank: ExpertBank, routers: RouterBank, merge: Merge, usage_E: Tensor) -> list[nn.Parameter]:
-        """Let two experts become one, and all tasks that knew one of them know the union; the other is as new."""
-        union = self._union(bank, merge, usage_E)
-        for name, tensor in union.items():
-            overwrite(getattr(bank, name)[merge.first], tensor)
-        bank.frozen[merge.first] |= bank.frozen[merge.second]
-        routers.columns.redirect(merge.second, merge.first)
-        routers.usage[:, merge.first] += routers.usage[:, merge.second]
-        routers.usage[:, merge.second] = 0
-        bank.refresh(merge.second)
-        return [*bank.parameters_of(merge.first), *bank.parameters_of(merge.second)]
-
-    def freeze_experts(self, top_k: int, task: str | None = None) -> dict[str, list[int]]:
-        """In every block, freeze the `top_k` experts that a task selected most, for good; of its own, if it has such.
-
-        With several processes all of them must call.
-
-        Returns:
-            Per block, the experts frozen by this call that were not frozen before.
-
-        Raises:
-            ValueError: `top_k` is negative; no task is set.
-        """
-        if top_k < 0:
-            raise ValueError(f"`top_k` must not be negative, got {top_k}.")
-        index, reserved = self._task_index(task), self._config.task_experts == "reserved"
-        self.share_expert_usage()
-        newly_frozen = {}
-        for name, layer in self.adapted_layers().items():
-            frozen_E = layer.moe_lora_experts[self._adapter].frozen
-            routers = layer.moe_lora_routers[self._adapter]
-            own = routers.experts_of(index) if reserved else None
-            best = favourites(routers.usage[index], top_k, own)
-            newly_frozen[name] = [expert for expert in best if not frozen_E[expert]]
-            frozen_E[newly_frozen[name]] = True
-        self._train_what_may_train()
-        return newly_frozen
-
-    def frozen_experts(self) -> dict[str, list[int]]:
-        """List, per block, the frozen experts in ascending order."""
-        return {name: bank.frozen.nonzero().flatten().tolist() for name, bank in self.expert_banks().items()}
-
-    # ------------------------------------------------------------------------------------------- losses on the router
-
-    def auxiliary_loss(self) -> Tensor:
-        """Return the weighted losses on the routers in this thread's latest training call, a mean over blocks and tasks.
-
-        They are part of the loss that a call returns, and this is 0 then. Where you compute a loss from the logits, add
-        this to it. It is 0 too when neither `router_balance_loss` nor `router_locality_loss` is set.
-
-        Raises:
-            RuntimeError: no router has decided anything: there was no call in training mode, or it ran without experts.
-        """
-        record = latest_record(self.adapters)
-        if record.losses and not record.joined:
-            return torch.stack([loss.to(record.losses[0].device) for loss in record.losses]).mean()
-        if self._config.has_router_losses and not record.joined:
-            raise RuntimeError(
-                "There are no routing decisions to compute a loss from. Call `auxiliary_loss()` after a forward pass in "
-                "training mode, with a task set."
-            )
-        return torch.zeros(())
-
-    def set_landmark(self) -> None:
-        """Measure from now on how far experts move, for `router_locality_loss`. Costs a copy of all experts."""
-        if self._config.router_locality_loss:
-            for bank in self.expert_banks().values():
-                bank.set_landmark()
-
-    def keep_routing_decisions(self, keep: bool) -> None:
-        """Keep what is decided in training for `routing_decisions`; losses that need it keep it anyway."""
-        for routers in self.router_banks().values():
-            routers.keep_decisions = keep or self._config.has_router_losses
-
-    def routing_decisions(self) -> dict[str, Decisions]:
-        """Return, per block, what the current task's router decided in this thread's latest training call, if kept."""
-        index = self._config.current_index
-        return {
-            name: decisions
-            for name, decided in latest_record(self.adapters).decisions.items()
-            for decisions in decided
-            if decisions.task == index
-        }
-
-    def stop_routers(self, blocks: list[str] | None = None) -> None:
-        """Train the current task's router no more, in the named blocks or in all; experts go on."""
-        routers, index = self.router_banks(), self._task_index(None)
-        for name in routers if blocks is None else blocks:
-            self._of_block(routers, name).stopped[index] = True
-        self._train_what_may_train()
-
-    def agreed(self, answers: list[bool]) -> list[bool]:
-        """Tell, question by question, whether all processes say yes. With several processes all of them must call."""
-        return all_say(answers, next(iter(self.router_banks().values())).usage.device)
-
-    def stopped_routers(self) -> list[str]:
-        """List the blocks whose current router trains no more."""
-        index = self._task_index(None)
-        return [name for name, routers in self.router_banks().items() if routers.stopped[index]]
 
     # ---------------------------------------------------------------------------------------------------- deployment
 

@@ -1,0 +1,70 @@
+"""What concerns the training of routers: losses on them, what they decide, and when they stop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .context import latest_record
+from .distributed import all_say
+from .routers import Decisions
+
+
+class RouterTraining:
+    """The part of `MoELoraMergeModel` that acts on the routers of all blocks."""
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return the weighted losses on the routers in this thread's latest training call, a mean over blocks and tasks.
+
+        They are part of the loss that a call returns, and this is 0 then. Where you compute a loss from the logits, add
+        this to it. It is 0 too when neither `router_balance_loss` nor `router_locality_loss` is set.
+
+        Raises:
+            RuntimeError: no router has decided anything: there was no call in training mode, or it ran without experts.
+        """
+        record = latest_record(self.adapters)
+        if record.losses and not record.joined:
+            return torch.stack([loss.to(record.losses[0].device) for loss in record.losses]).mean()
+        if self._config.has_router_losses and not record.joined:
+            raise RuntimeError(
+                "There are no routing decisions to compute a loss from. Call `auxiliary_loss()` after a forward pass in "
+                "training mode, with a task set."
+            )
+        return torch.zeros(())
+
+    def set_landmark(self) -> None:
+        """Measure from now on how far experts move, for `router_locality_loss`. Costs a copy of all experts."""
+        if self._config.router_locality_loss:
+            for bank in self.expert_banks().values():
+                bank.set_landmark()
+
+    def keep_routing_decisions(self, keep: bool) -> None:
+        """Keep what is decided in training for `routing_decisions`; losses that need it keep it anyway."""
+        for routers in self.router_banks().values():
+            routers.keep_decisions = keep or self._config.has_router_losses
+
+    def routing_decisions(self) -> dict[str, Decisions]:
+        """Return, per block, what the current task's router decided in this thread's latest training call, if kept."""
+        index = self._config.current_index
+        return {
+            name: decisions
+            for name, decided in latest_record(self.adapters).decisions.items()
+            for decisions in decided
+            if decisions.task == index
+        }
+
+    def stop_routers(self, blocks: list[str] | None = None) -> None:
+        """Train the current task's router no more, in the named blocks or in all; experts go on."""
+        routers, index = self.router_banks(), self._task_index(None)
+        for name in routers if blocks is None else blocks:
+            self._of_block(routers, name).stopped[index] = True
+        self._train_what_may_train()
+
+    def agreed(self, answers: list[bool]) -> list[bool]:
+        """Tell, question by question, whether all processes say yes. With several processes all of them must call."""
+        return all_say(answers, next(iter(self.router_banks().values())).usage.device)
+
+    def stopped_routers(self) -> list[str]:
+        """List the blocks whose current router trains no more."""
+        index = self._task_index(None)
+        return [name for name, routers in self.router_banks().items() if routers.stopped[index]]
