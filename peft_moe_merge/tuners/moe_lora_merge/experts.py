@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import MoELoraMergeConfig
 from .distributed import ZeroGradients, gathered, is_sharded
-from .mixture import ACTIVATIONS, Experts, How, KnownSelection, Selection, mixture, stacked, token_mixture
+from .mixture import ACTIVATIONS, Experts, How, KnownSelection, Selection, joined, mixture, token_mixture
 from .pool import Expert
 from .routing_losses import displacement
 
@@ -132,9 +132,9 @@ class ExpertBank(nn.Module):
         names = ("down_weight", "up_weight", "down_bias", "up_bias")
         return [getattr(self, name) for name in names if name in self.shapes]
 
-    def stacked(self, experts: list[int]) -> Experts:
-        """Stack the tensors of some experts, with gradient."""
-        return stacked(experts, *self.banks)
+    def joined(self, experts: list[int]) -> Experts:
+        """Put some experts one below the other, with gradient."""
+        return joined(experts, *self.banks)
 
     def forward(
         self,

@@ -259,7 +259,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         how: How = experts.how(config.scaling, config.lora_dropout if self.training else 0.0)
         if isinstance(choice, FixedChoice):
             x = self._cast_input_dtype(choice.x, experts.dtype)
-            return add_fixed_mixture(result, x, choice.gates, experts.stacked(choice.experts), how)
+            return add_fixed_mixture(result, x, choice.gates, experts.joined(choice.experts), how)
         rows_N = choice.rows_N
         x_NLD = self._cast_input_dtype(choice.x_BLD if rows_N is None else choice.x_BLD[rows_N], experts.dtype)
         y_NLO = experts(x_NLD, choice.selection, choice.gates_GK, how, self.training).to(result.dtype)

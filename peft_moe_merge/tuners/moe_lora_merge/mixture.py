@@ -132,14 +132,15 @@ class KnownSelection:
 
     def stack(self, *banks: Sequence[Tensor]) -> Experts:
         """Stack the U experts."""
-        return stacked(self.experts, *banks)
+        return Experts(*(torch.stack([bank[expert] for expert in self.experts]) for bank in banks))
 
 
-def stacked(experts: Sequence[int], *banks: Sequence[Tensor]) -> Experts:
-    """From each bank, one tensor per expert, stack those of the experts named; a single one is not even copied."""
+def joined(experts: Sequence[int], *banks: Sequence[Tensor]) -> Experts:
+    """From each bank, one tensor per expert, put those of the experts named one below the other, as if they were one
+    expert; a single one is not even copied."""
     if len(experts) == 1:
-        return Experts(*(bank[experts[0]].unsqueeze(0) for bank in banks))
-    return Experts(*(torch.stack([bank[expert] for expert in experts]) for bank in banks))
+        return Experts(*(bank[experts[0]] for bank in banks))
+    return Experts(*(torch.cat([bank[expert] for expert in experts]) for bank in banks))
 
 
 class HostCopy:
@@ -177,23 +178,22 @@ def add_fixed_mixture(y: Tensor, x: Tensor, gates: Tensor | None, experts: Exper
         y: the base layer's output, ... x O.
         x: what the experts read, ... x D.
         gates: weights of the U experts, of a shape that fits ... x U; None for a single expert of weight 1.
-        experts: the stacked experts.
+        experts: the U experts, one below the other, so that they act as one of U R hidden units, see `joined`.
         how: activation, scale, dropout.
     """
-    U, R, D = experts.down.shape
-    down_HD, up_HO = experts.down.reshape(U * R, D), experts.up.reshape(U * R, -1)
-    bias_H = None if experts.down_bias is None else experts.down_bias.reshape(U * R)
-    hidden = how.hidden(F.linear(x, down_HD, bias_H))
-    if gates is not None:
-        hidden = (hidden.unflatten(-1, (U, R)) * gates.to(hidden.dtype).unsqueeze(-1)).flatten(-2)
+    down_HD, up_HO, H = experts.down, experts.up, len(experts.down)
+    hidden = how.hidden(F.linear(x, down_HD, experts.down_bias))
+    if gates is not None:  # each of the U gates is that of the R hidden units of its expert
+        U = gates.shape[-1]
+        hidden = (hidden.view(*hidden.shape[:-1], U, H // U) * gates.to(hidden.dtype).unsqueeze(-1)).view(hidden.shape)
     up_HO = up_HO.to(hidden.dtype)
-    flat, added = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, U * R)
+    flat, added = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, H)
     if flat.dtype == added.dtype:
-        y = torch.addmm(flat, added, up_HO, alpha=how.scaling).reshape(y.shape)
+        y = torch.addmm(flat, added, up_HO, alpha=how.scaling).view(y.shape)
     else:
         y = y + (added @ up_HO * how.scaling).reshape(y.shape).to(y.dtype)
     if experts.up_bias is not None:
-        bias = experts.up_bias[0] if gates is None else gates.to(experts.up_bias.dtype) @ experts.up_bias
+        bias = experts.up_bias if gates is None else gates.to(experts.up_bias.dtype) @ experts.up_bias.view(U, -1)
         y = y + (bias * how.scaling).to(y.dtype)
     return y
 

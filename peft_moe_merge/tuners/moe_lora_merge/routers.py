@@ -202,6 +202,8 @@ class RouterBank(nn.Module):
         """Score the experts that the tasks know: ... x C; -inf where another task of the batch knows more."""
         # A choice between experts is a comparison of close numbers: half precision would decide it by rounding.
         dtype = torch.promote_types(self.weight[0].dtype, torch.float32)
+        if len(tasks) == 1 and not noise and not torch.is_autocast_enabled(x.device.type):  # nothing to be done before
+            return x.to(dtype) @ self.weight[tasks[0]].to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             weight, masked_TC = self._of_tasks(self.weight, tasks, dtype)
             noise_weight = self._of_tasks(self.noise_weight, tasks, dtype)[0] if noise else None
