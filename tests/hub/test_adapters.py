@@ -220,7 +220,7 @@ def test_equal_logits_in_a_fresh_process(world, case, task):
             r"ValueError: '.*adapter_model.safetensors' is damaged, or does not belong to '.*adapter_config.json'",
         ),
         ("integers", r"ValueError: These weights do not fit.*of a wrong type.*torch.int32, expected torch.float32"),
-        ("newer", r"ValueError: This adapter has format_version=99; .*reads up to 1: `pip install -U"),
+        ("newer", r"ValueError: This adapter has format_version=99; .*reads up to 2: `pip install -U"),
         ("unknown field", r"TypeError: MoELoraMergeConfig has no field 'hash_routing'.*newer release"),
         ("cut off", r"peer closed connection without sending complete message body"),
         ("push without token", r"401 Unauthorized(.|\n)*Invalid username or password"),

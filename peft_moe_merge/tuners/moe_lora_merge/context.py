@@ -5,12 +5,13 @@ Shapes: B samples, N rows that are routed, T tasks.
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -109,10 +110,23 @@ class Adapters:
 
     Args:
         configs: by adapter name; the tuner's own dictionary.
+        tuner: whose they are; kept weakly. None where it is not known, as in a copy.
     """
 
-    def __init__(self, configs: dict[str, MoELoraMergeConfig]):
+    def __init__(self, configs: dict[str, MoELoraMergeConfig], tuner: nn.Module | None = None):
         self.configs = configs
+        self._tuner = None if tuner is None else weakref.ref(tuner)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the tuner is gone, so that nobody can ask anything of its layers."""
+        return self._tuner is not None and self._tuner() is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
+        return Adapters(copy.deepcopy(self.configs, memo))
+
+    def __reduce__(self) -> tuple:
+        return Adapters, (self.configs,)
 
 
 @dataclass
@@ -184,7 +198,7 @@ class _Thread(threading.local):
     residual: Tensor | None = None
 
     def __init__(self):
-        self.records: WeakKeyDictionary[Adapters, Record] = WeakKeyDictionary()
+        self.records: weakref.WeakKeyDictionary[Adapters, Record] = weakref.WeakKeyDictionary()
 
 
 _thread = _Thread()

@@ -24,7 +24,7 @@ from .expert_pool import ExpertPool
 from .experts import EXPERT_TENSORS, ExpertBank
 from .layer import MLP, NOT_MERGEABLE, Linear, MoELoraMergeLayer
 from .optimizer import watch_optimizers
-from .routed import RoutedBlock, RoutedModel, make_routable, restore_classes
+from .routed import RoutedBlock, RoutedModel, clear_leftovers, make_routable, restore_classes
 from .router_training import RouterTraining
 from .routers import RouterBank
 from .weights import check_weights
@@ -56,13 +56,13 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
     # ---------------------------------------------------------------------------------------------------- injection
 
     def _pre_injection_hook(self, model: nn.Module, config: MoELoraMergeConfig, adapter_name: str) -> None:
-        if any(isinstance(module, MoELoraMergeLayer) for module in model.modules()):
+        if not clear_leftovers(model):
             raise ValueError(
-                "This model has experts already, from an earlier `get_peft_model` or `from_pretrained` (perhaps one that "
-                "failed). Add to those by `add_adapter(name, config)` or `load_adapter(folder, name)`, take them away by "
-                "`unload()`, or load the base model anew."
+                "This model has experts already, of an earlier `get_peft_model` or `from_pretrained` that is still in use. "
+                "Add to those by `add_adapter(name, config)` or `load_adapter(folder, name)`, take them away by `unload()`, "
+                "or load the base model anew."
             )
-        self.adapters = Adapters(self.peft_config)
+        self.adapters = Adapters(self.peft_config, self)
         parts = {CLIPModel: (RoutedModel, RoutedCLIP), CLIPTextModel: (RoutedModel, RoutedPrompts)}
         kind = next((kind for kind in parts if isinstance(model, kind)), None)
         make_clips_routable(model, self.adapters)

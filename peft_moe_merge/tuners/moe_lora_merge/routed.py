@@ -8,12 +8,14 @@ the same to the modules that it shards.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_moe_merge.selection.features import FeatureSource
@@ -21,7 +23,7 @@ from peft_moe_merge.selection.features import FeatureSource
 from .config import MoELoraMergeConfig, check_selector
 from .context import Adapters, Record, RoutingContext, TaskIds, context_under_way, keep_record, routing
 from .distributed import is_sharded, several_processes
-from .layer import MoELoraMergeLayer
+from .layer import MLP, MoELoraMergeLayer
 
 
 class Routable:
@@ -90,6 +92,28 @@ def restore_classes(model: nn.Module) -> None:
         if isinstance(module, Routable):
             module.__class__ = module.moe_lora_parts[0]
             del module.moe_lora_adapters
+
+
+def clear_leftovers(model: nn.Module) -> bool:
+    """Take experts away that a tuner left behind, as a load that failed does. Tell whether none are left.
+
+    Experts of a tuner that is in use stay: two of them on one model would not know of each other.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELoraMergeLayer)}
+    if not all(layer.adapters.abandoned for layer in layers.values()):
+        gc.collect()  # what the exception of a failed load held may be in a circle
+    if not all(layer.adapters.abandoned for layer in layers.values()):
+        return False
+    if layers:
+        for name, layer in layers.items():
+            if isinstance(layer, MLP):
+                layer.unhook()
+            model.set_submodule(name, layer.get_base_layer())
+        for name, module in list(model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                model.set_submodule(name, module.original_module)
+        restore_classes(model)
+    return True
 
 
 def inputs_of(module: Routable, method: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
