@@ -8,6 +8,7 @@
 `<root>/<task>/<train|test>/<class>/*.jpg`. An interrupted run goes on with `--resume`.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
 from peft_moe_merge.mtil.results import add_run, extended_results, run_result, write_results
 from peft_moe_merge.mtil.selection import SelectorSettings
-from peft_moe_merge.mtil.settings import check_at_least, check_choices, setting
+from peft_moe_merge.mtil.settings import check_at_least, check_choices, renamed_options, setting
 from peft_moe_merge.mtil.stream import StreamSettings
 
 
@@ -59,7 +60,8 @@ class RunSettings:
 
 def main() -> None:
     groups = (RunSettings, DataSettings, ModelSettings, StreamSettings, MethodSettings, SelectorSettings)
-    run, *settings = HfArgumentParser(groups, description=__doc__).parse_args_into_dataclasses()
+    parser = HfArgumentParser(groups, description=__doc__)
+    run, *settings = parser.parse_args_into_dataclasses(renamed_options(sys.argv[1:]))
     output_dir = Path(run.output_dir)
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,

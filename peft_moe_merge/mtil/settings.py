@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, get_type_hints
+
+RENAMED_OPTIONS = {"--merge_router_columns": "--merge_routing"}
+"""Options of the command line that were called otherwise in earlier releases."""
 
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -64,3 +68,15 @@ def check_at_least(settings: Any, least: float, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def renamed_options(arguments: Sequence[str]) -> list[str]:
+    """Translate options of earlier releases on a command line, with a warning for each."""
+    translated = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in RENAMED_OPTIONS:
+            warnings.warn(f"`{option}` is now `{RENAMED_OPTIONS[option]}`.", FutureWarning, stacklevel=2)
+            argument = f"{RENAMED_OPTIONS[option]}{equals}{value}"
+        translated.append(argument)
+    return translated

@@ -78,6 +78,7 @@ class Selector(ABC):
     kind: ClassVar[str]
     own_names: ClassVar[tuple[str, ...]]
     shared_names: ClassVar[tuple[str, ...]] = ()
+    integer_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -113,9 +113,10 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
 
 def _try_out(selector: Selector, weights: Path) -> None:
     """Score one image: tensors of wrong shapes show here, where no checksum tells, as in files of release 0.1."""
-    kept = [*selector.shared.values(), *(tensor for own in selector.own for tensor in own.values())]
-    if not all(tensor.is_floating_point() for tensor in kept):
-        raise ValueError(f"{str(weights)!r} is damaged: it holds other numbers than floats.")
+    kept = [*selector.shared.items(), *(item for own in selector.own for item in own.items())]
+    mistyped = [name for name, tensor in kept if tensor.is_floating_point() == (name in selector.integer_names)]
+    if mistyped:
+        raise ValueError(f"{str(weights)!r} is damaged: it holds numbers of another kind in {mistyped[0]!r}.")
     try:
         scores_BT, _ = selector.judge(torch.zeros(1, selector.width))
         fits = scores_BT.shape == (1, len(selector.tasks)) and bool(scores_BT.isfinite().all())

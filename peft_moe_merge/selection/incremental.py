@@ -37,6 +37,7 @@ class IncrementalSelector(Selector):
     """
 
     kept_names = ("kept", "kept_draws", "kept_labels")
+    integer_names = ("kept_labels", "images")
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.methods.moe_lora_merge import TUNER_OPTIONS, MixtureSettings
 from peft_moe_merge.mtil.results import add_run, extended_results, read_results, run_result, write_results
 from peft_moe_merge.mtil.selection import SelectorSettings
-from peft_moe_merge.mtil.settings import borrowed
+from peft_moe_merge.mtil.settings import borrowed, renamed_options
 from peft_moe_merge.mtil.stream import StreamSettings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mtil.py"
@@ -471,3 +471,10 @@ def test_content_of_a_task(images):
         replace(birds, train=birds.test, test=birds.train),
     ):
         assert changed.content != birds.content
+
+
+def test_options_of_earlier_releases_are_understood():
+    with pytest.warns(FutureWarning, match="`--merge_router_columns` is now `--merge_routing`"):
+        assert renamed_options(["--merge_router_columns", "mean"]) == ["--merge_routing", "mean"]
+    with pytest.warns(FutureWarning):
+        assert renamed_options(["--merge_router_columns=mean", "--cpu"]) == ["--merge_routing=mean", "--cpu"]

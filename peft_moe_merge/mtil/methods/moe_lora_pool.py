@@ -25,7 +25,7 @@ class PoolSettings(Settings):
         None, "moe_lora_pool: bound of the pool; a full one merges its most alike experts"
     )
     pool_r: int = setting(8, "moe_lora_pool: rank of an expert")
-    pool_lr: float = setting(5e-3, "moe_lora_pool: peak learning rate")
+    pool_lr: float = setting(1e-2, "moe_lora_pool: peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,3 +61,7 @@ class MoELoraPool(RoutedByTask):
 
     def learning_rate(self, lr: float) -> float:
         return self.settings.pool_lr
+
+    def history(self) -> dict[str, Any]:
+        # which experts a task takes is no news: all of its own
+        return {"experts": len(next(iter(self.model.expert_banks().values())))}

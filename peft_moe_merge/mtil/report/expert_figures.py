@@ -42,7 +42,10 @@ def usage_figure(tasks: list[str], runs: Runs) -> Figure:
     usage = runs[0]["usage"]
     figure = None
     for axes, block in panels(ordered_blocks(usage), 0.5 + 0.14 * len(tasks)):
-        counts_TE = np.array([counts[block] for counts in usage if block in counts], dtype=float)
+        known = [counts[block] for counts in usage if block in counts]
+        counts_TE = np.zeros((len(known), max(map(len, known), default=0)))
+        for row_E, counts_E in zip(counts_TE, known, strict=True):  # a pool grows: the first tasks knew fewer experts
+            row_E[: len(counts_E)] = counts_E
         share_TE = 100 * counts_TE / np.maximum(counts_TE.sum(axis=1, keepdims=True), 1)
         edges = np.arange(share_TE.shape[1] + 1) - 0.5, np.arange(len(share_TE) + 1)
         image = axes.pcolormesh(*edges, share_TE, cmap="Blues", vmin=0, vmax=50, edgecolor="white", linewidth=0.3)
