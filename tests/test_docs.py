@@ -29,7 +29,9 @@ def snippets(page: str) -> str:
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_clip().save_pretrained(tmp_path / "clip")
     batch = tiny_batch(3)
-    images = Dataset.from_dict({"pixel_values": batch["pixel_values"].tolist(), "input_ids": batch["input_ids"].tolist()})
+    images = Dataset.from_dict(
+        {"pixel_values": batch["pixel_values"].tolist(), "input_ids": batch["input_ids"].tolist()}
+    )
     names: dict = {
         "arguments": TrainingArguments(str(tmp_path / "trainer"), max_steps=2, use_cpu=True, report_to=[]),
         "aircraft": images.with_format("torch"),
