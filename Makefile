@@ -7,7 +7,8 @@ BIN := .venv/bin
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/mtil.py --steps 60 --batch_size 32 --lr 2e-2 --num_experts 20 --merge_every 20 --output_dir runs/demo
+		examples/mtil.py --methods zero_shot moe_lora_merge moe_lora_pool lora_per_task \
+		--steps 60 --batch_size 32 --lr 2e-2 --num_experts 20 --merge_every 20 --output_dir runs/demo
 
 # two processes with a thread each are faster than one with two, and do not fight over the cores
 test: .venv/ready

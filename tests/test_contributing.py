@@ -47,7 +47,7 @@ def test_method_and_data_set_and_selector_on_the_command_line(place):
     assert results["tasks"] == ["direction", "width"] and results["settings"]["bias_lr"] == 0.01
     (bitfit,), (mixture,) = results["methods"]["bitfit"], results["methods"]["moe_lora_merge"]
     assert len(bitfit["moved"]) == 2 and min(bitfit["moved"]) > 0 and "moved" not in mixture
-    assert bitfit["selection"] == {} and mixture["selection"]["nearest_mean"]["bytes_per_task"] == 4 * 256 + 8
+    assert bitfit["selection"] == {} and mixture["selection"]["nearest_mean"]["bytes_per_task"] == 4 * 256 + 3 * 8
     assert (place / "straight/moe_lora_merge/seed_42/after_2/selectors/nearest_mean/selector.json").exists()
 
     python(place, str(EXAMPLE), *arguments, "--output_dir", "stopped", "--stop_after", "1")

@@ -8,20 +8,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_clip
+from conftest import tiny_batch, tiny_clip
+from datasets import Dataset
 from hub.loopback import OWNER_TOKEN, LoopbackHub
 from peft import get_peft_model
 from PIL import Image
-from transformers import CLIPModel
+from transformers import CLIPModel, TrainingArguments, default_data_collator
 
 from peft_moe_merge import MoELoraMergeConfig
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def snippets(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    batch = tiny_batch(3)
+    images = Dataset.from_dict(
+        {"pixel_values": batch["pixel_values"].tolist(), "input_ids": batch["input_ids"].tolist()}
+    )
+    names: dict = {
+        "arguments": TrainingArguments(str(tmp_path / "trainer"), max_steps=2, use_cpu=True, report_to=[]),
+        "aircraft": images.with_format("torch"),
+        "cifar100": images.with_format("torch"),
+        "collate": lambda rows: {**default_data_collator(rows), "return_loss": True},
+        "batch": batch,
+        "ids": torch.tensor([1, -1, 0]),
+    }
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    exec(code.replace("openai/clip-vit-base-patch16", str(tmp_path / "clip")), names)
+    model = names["model"].eval()
+    assert model.current_task == "cifar100" and model.peft_config["default"].tasks == ["aircraft", "cifar100"]
+    logits, plain = model(**batch, task_ids=names["ids"]).logits_per_image, tiny_clip()(**batch).logits_per_image
+    torch.testing.assert_close(logits, names["out"].logits_per_image)
+    assert torch.equal(logits[1], plain[1])
+    assert not torch.equal(logits[0], plain[0]) and not torch.equal(logits[2], plain[2]), "both tasks were learnt"
 
 
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,3 +372,15 @@ def test_file_that_says_something_else_than_its_config(tmp_path):
     path.write_text(json.dumps({**saved, "num_experts": 5}))
     with pytest.raises(ValueError, match="5 experts of rank 4"):
         PeftModel.from_pretrained(tiny_clip(), tmp_path)
+
+
+def test_a_refused_second_tuner_leaves_the_first_as_it_was(clip, batch):
+    config = MoELoraMergeConfig(num_experts=4, r=4, tasks=["a", "b"])
+    model = get_peft_model(clip, config).eval()
+    randomize(model)
+    model.set_task("b")
+    before = model(**batch).logits_per_image
+    with pytest.raises(ValueError, match="has experts already"):
+        get_peft_model(clip, MoELoraMergeConfig(num_experts=3, r=2, tasks=["x"]))
+    assert model.peft_config["default"].tasks == ["a", "b"]
+    assert torch.equal(model(**batch).logits_per_image, before)

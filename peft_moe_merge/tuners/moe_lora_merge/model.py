@@ -55,13 +55,17 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
 
     # ---------------------------------------------------------------------------------------------------- injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: MoELoraMergeConfig, adapter_name: str) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        # before PEFT enters the new configuration in the dictionary that an earlier tuner on this model goes by
         if not clear_leftovers(model):
             raise ValueError(
                 "This model has experts already, of an earlier `get_peft_model` or `from_pretrained` that is still in use. "
                 "Add to those by `add_adapter(name, config)` or `load_adapter(folder, name)`, take them away by `unload()`, "
                 "or load the base model anew."
             )
+        super().__init__(model, *args, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: MoELoraMergeConfig, adapter_name: str) -> None:
         self.adapters = Adapters(self.peft_config, self)
         parts = {CLIPModel: (RoutedModel, RoutedCLIP), CLIPTextModel: (RoutedModel, RoutedPrompts)}
         kind = next((kind for kind in parts if isinstance(model, kind)), None)

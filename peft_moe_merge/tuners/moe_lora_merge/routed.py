@@ -113,6 +113,8 @@ def clear_leftovers(model: nn.Module) -> bool:
             if isinstance(module, ModulesToSaveWrapper):
                 model.set_submodule(name, module.original_module)
         restore_classes(model)
+        if hasattr(model, "peft_config"):  # missing where the load failed before it was set
+            del model.peft_config
     return True
 
 

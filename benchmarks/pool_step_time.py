@@ -1,0 +1,183 @@
+"""What the expert pool costs beside PEFT's LoRA of the same active rank, and what it costs to know many tasks.
+
+    python benchmarks/pool_step_time.py --output runs/pool_step_time.json
+    python benchmarks/pool_step_time.py --clock cpu    # where others use the cores
+    python benchmarks/pool_step_time.py --quick        # a few rounds, to see that it runs
+
+On the mini CLIP, 32 images of a mini task and one prompt a class, float32, one thread. All stand beside the same six linear
+layers of both towers and train the same number of weights there (the pool's routers come on top):
+
+- LoRA: PEFT's, rank 16.
+- 1 x r16: the pool, one expert of rank 16 a task, 11 tasks.
+- 2 x r8: the pool, two experts of rank 8 a task, weighed by the task's router, 11 tasks: E = 22.
+- 2 x r8, 110 tasks: the same with E = 220.
+
+A training step is a forward pass, the cross-entropy over the prompts, the backward pass, AdamW, and the counting of selections
+that `ExpertMergeCallback` asks for; inference is a forward pass of both towers without gradients. The contestants take turns in
+one process, some steps each, in an order that rotates from round to round; a ratio is taken within a round. Reported are
+medians over rounds, and the range. `--clock cpu` counts the processor's time and not the wall's.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import CLIPProcessor
+
+from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge.files import whole
+from peft_moe_merge.mtil.clip import load_clip
+from peft_moe_merge.mtil.data.mini import TASKS, load_task, mini_clip_path
+from peft_moe_merge.tuners.moe_lora_merge.config import POOL
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def pool(experts: int, r: int, tasks: int) -> MoELoraMergeConfig:
+    names = [f"task {task}" for task in range(tasks)]
+    return MoELoraMergeConfig.pool(tasks=names, experts_per_task=experts, top_k=experts, r=r, lora_alpha=float(r))
+
+
+CONTESTANTS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "LoRA": lambda: LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(POOL["target_modules"])),
+    "1 x r16": lambda: pool(1, 16, 11),
+    "2 x r8": lambda: pool(2, 8, 11),
+    "2 x r8, 110 tasks": lambda: pool(2, 8, 110),
+}
+
+RATIOS = [("1 x r16", "LoRA"), ("2 x r8", "LoRA"), ("2 x r8, 110 tasks", "2 x r8")]
+
+
+class Contestant:
+    """A model of its own on the mini CLIP, with its optimizer.
+
+    Attributes:
+        model: the `PeftModel`.
+        trained: how many numbers it trains.
+    """
+
+    def __init__(self, name: str, seed: int):
+        torch.manual_seed(seed)
+        clip, _ = load_clip(mini_clip_path())
+        self.model: nn.Module = get_peft_model(clip, CONTESTANTS[name]())
+        self.counts = name != "LoRA"
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained = sum(parameter.numel() for parameter in parameters)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+
+    def train(self, batch: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a training step."""
+        F.cross_entropy(self.model(**batch).logits_per_image, labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.counts:
+            self.model.share_expert_usage()
+
+    @torch.no_grad()
+    def infer(self, batch: dict[str, Tensor], labels: Tensor) -> None:
+        """Score the images."""
+        self.model(**batch)
+
+
+def make_batch(images: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Draw images of the first mini task, and tokenize a prompt for each of its classes."""
+    name = next(iter(TASKS))
+    rows = load_task(name, "train").shuffle(seed=seed)[:images]
+    task = TASKS[name]
+    prompts = [task.templates[0].format(label) for label in task.classes]
+    batch = CLIPProcessor.from_pretrained(mini_clip_path())(
+        images=rows["image"], text=prompts, padding=True, return_tensors="pt"
+    )
+    return dict(batch), torch.tensor(rows["label"])
+
+
+def take_turns(
+    steps: dict[str, Callable[[], None]], rounds: int, per_round: int, clock: str
+) -> dict[str, list[float]]:
+    """Let every contestant take its steps in each round, after one to warm up; return seconds a step, round by round."""
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = CLOCKS[clock]()
+            for _ in range(per_round):
+                steps[name]()
+            if turn > 0:
+                seconds[name].append((CLOCKS[clock]() - start) / per_round)
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def compare(seconds: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return milliseconds a step, and ratios within rounds."""
+    ratios = {
+        f"{ours} / {other}": summary([a / b for a, b in zip(seconds[ours], seconds[other], strict=True)])
+        for ours, other in RATIOS
+    }
+    return {
+        "milliseconds": {name: summary([1e3 * value for value in values]) for name, values in seconds.items()},
+        "ratios": ratios,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=5, help="of each contestant in a round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of one step")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.steps = 2, 1
+    if args.clock == "cpu" and args.threads > 1:
+        parser.error("--clock cpu adds up the time of all threads: use --threads 1")
+    torch.set_num_threads(args.threads)
+
+    batch, labels = make_batch(args.batch_size, args.seed)
+    contestants = {name: Contestant(name, args.seed) for name in CONTESTANTS}
+    settings = {name: str(value) for name, value in vars(args).items()}
+    results = {
+        "settings": settings | {"prompts": len(batch["input_ids"]), "tokens": batch["input_ids"].shape[1]},
+        "versions": {"torch": torch.__version__, "peft": peft.__version__},
+        "trained": {name: contestant.trained for name, contestant in contestants.items()},
+    }
+    console = Console()
+    for phase, training in (("training step", True), ("inference", False)):
+        steps: dict[str, Callable[[], None]] = {}
+        for name, contestant in contestants.items():
+            contestant.model.train(training)
+            take = contestant.train if training else contestant.infer
+            steps[name] = lambda take=take: take(batch, labels)
+        results[phase] = rows = compare(take_turns(steps, args.rounds, args.steps, args.clock))
+        table = Table("", "median", "lowest", "highest", title=f"{phase}, {args.batch_size} images")
+        for name, row in rows["milliseconds"].items():
+            table.add_row(f"{name}, ms", *(f"{value:.1f}" for value in row.values()))
+        for name, row in rows["ratios"].items():
+            table.add_row(name, *(f"{value:.2f}" for value in row.values()))
+        console.print(table)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with whole(args.output) as partial:
+            partial.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
