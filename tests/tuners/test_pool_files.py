@@ -73,3 +73,15 @@ def test_a_task_bakes_where_some_routers_have_not_learnt():
             model.router_banks()[block].weight[1].zero_()
     baked = model.bake_task("b")
     torch.testing.assert_close(images_of(baked, "b"), images_of(model, "b"), rtol=0, atol=1e-5)
+
+
+def test_two_pools_stand_side_by_side(tmp_path):
+    states = saved_states()
+    for name in ("bounded", "redirected"):
+        states[name].save_pretrained(tmp_path / name)
+    both = PeftModel.from_pretrained(tiny_clip(), tmp_path / "bounded", adapter_name="bounded")
+    both.load_adapter(tmp_path / "redirected", adapter_name="redirected")
+    for name in ("redirected", "bounded"):
+        both.set_adapter(name)
+        for task in config_of(states[name]).tasks:
+            assert torch.equal(images_of(both, task), images_of(states[name], task))

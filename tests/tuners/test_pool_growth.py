@@ -233,3 +233,18 @@ def test_favourites_are_a_tasks_own():
         routers.usage[1] = torch.tensor([9, 8, 1, 2])
     assert model.freeze_experts(2, task="b") == {block: [2, 3] for block in WIDTHS}
     assert model.freeze_experts(1, task="b") == {block: [] for block in WIDTHS}
+
+
+def test_a_union_and_the_freed_place_start_without_momentum():
+    model = net_pool(["a"], experts_per_task=3, top_k=3).train()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    model(inputs(4)).sin().sum().backward()
+    optimizer.step()
+    merges = model.merge_experts(optimizer)
+    for block, merge in merges.items():
+        bank = model.expert_banks()[block]
+        for expert in range(3):
+            known = [parameter in optimizer.state for parameter in bank.parameters_of(expert)]
+            assert known == [expert not in (merge.first, merge.second)] * 2
+        assert not any(parameter.requires_grad for parameter in bank.parameters_of(merge.second))  # nobody's now
+        assert not bank.up_weight[merge.second].any()
