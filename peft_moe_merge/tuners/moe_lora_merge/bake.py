@@ -38,6 +38,11 @@ def bake_task(tuner: MoELoraMergeModel, task: str) -> PeftModel:
     index = config.task_index(task)
     routers, banks = tuner.router_banks(), tuner.expert_banks()
     columns = {name: choosable_columns(router, index, config.top_k) for name, router in routers.items()}
+    if config.stores_columns:  # all blocks keep as many columns as that which needs the most
+        width = max(map(len, columns.values()))
+        for name, router in routers.items():
+            others = [column for column in range(len(router.experts_of(index))) if column not in columns[name]]
+            columns[name] = sorted(columns[name] + others[: width - len(columns[name])])
     kept = {
         name: sorted({router.experts_of(index)[column] for column in columns[name]})
         for name, router in routers.items()

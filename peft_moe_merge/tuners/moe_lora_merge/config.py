@@ -263,7 +263,7 @@ class MoELoraMergeConfig(AdapterConfig):
                 f"`{'max_experts' if grows else 'num_experts'}` or lower `experts_per_task`."
             )
         needed = self.experts_per_task * len(self.tasks)
-        if reserved and bound is not None and needed > bound and self.pool_size is None:
+        if reserved and bound is not None and needed > bound and self.router_widths is None:
             raise ValueError(
                 f"{len(self.tasks)} tasks with {self.experts_per_task} experts each need {needed}, the pool has {bound}: "
                 "raise it, lower `experts_per_task`, or name one task here and add the others by `add_task`, with "

@@ -36,20 +36,24 @@ class ExpertPool:
                     f"these are missing in a pool of at most {bound}. Make the adapter with num_experts='grow' and no "
                     "`max_experts`, or with merge_at='pool_full', which merges old experts to make room."
                 )
+            if missing > growth and size + growth <= config.experts_per_task:  # one expert at least is all old tasks'
+                raise ValueError(
+                    f"The pool is full: task {task!r} needs {config.experts_per_task} experts, and old tasks one at least, "
+                    f"in a pool of at most {bound}. Make the adapter with a larger pool (`max_experts`, or `num_experts` if "
+                    "that is a number), or with a lower `experts_per_task`."
+                )
+            self.share_expert_usage()  # while all blocks have one size
             for name in banks:
                 banks[name].grow(growth)
                 routers[name].grow(growth)
                 while reserved and len(free(name)) < config.experts_per_task:
-                    self._make_room(banks[name], routers[name], task)
+                    self._make_room(banks[name], routers[name])
         if reserved:
             return {name: free(name)[: config.experts_per_task] for name in banks}
         return {name: list(range(len(bank))) for name, bank in banks.items()}
 
-    def _make_room(self, bank: ExpertBank, routers: RouterBank, task: str) -> None:
-        self.share_expert_usage()
+    def _make_room(self, bank: ExpertBank, routers: RouterBank) -> None:
         merge = choose_room(list({expert for known in routers.columns.lists for expert in known}), bank.expert)
-        if merge is None:
-            raise ValueError(f"The pool is full, and no two experts are alike enough to make room for task {task!r}.")
         self._unite(bank, routers, merge, routers.usage.sum(dim=0))
 
     def expert_usage(self, task: str | None = None) -> dict[str, Tensor]:

@@ -118,8 +118,10 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
                     parameter.requires_grad_(trainable and not frozen and expert in own)
             stopped = () if routers.stopped.is_meta else routers.stopped.nonzero().flatten().tolist()
             for other in range(len(routers.weight)):
+                # the gate of a single expert is 1 whatever its score: such a router gets no gradient, which DDP resents
+                learns = other == task and other not in stopped and len(routers.experts_of(other)) > 1
                 for parameter in routers.parameters_of(other):
-                    parameter.requires_grad_(trainable and other == task and other not in stopped)
+                    parameter.requires_grad_(trainable and learns)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         adapter_names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -131,10 +131,18 @@ def choose_union(
     return Merge(first, first, second) if {first, second} <= set(own) else None
 
 
-def choose_room(used: list[int], experts: Callable[[int], Expert]) -> Merge | None:
-    """Decide which two experts of old tasks become one, to make room: the most alike ones, of those that anybody uses."""
-    pair = most_alike(sorted(used), experts)
-    return None if pair is None else Merge(pair[0], *pair)
+def choose_room(used: list[int], experts: Callable[[int], Expert]) -> Merge:
+    """Decide which two experts of old tasks become one, to make room: the most alike ones, of those that anybody uses.
+
+    Where none are alike, as before they have learnt, the first two.
+
+    Args:
+        used: the experts that somebody uses, two at least.
+        experts: gives an expert's tensors by its index.
+    """
+    used = sorted(used)
+    first, second = most_alike(used, experts) or used[:2]
+    return Merge(first, first, second)
 
 
 def untouched(experts: int, known: list[list[int]]) -> list[int]:
