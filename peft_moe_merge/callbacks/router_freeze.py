@@ -20,6 +20,9 @@ class RouterFreezeCallback(TaskCallback):
     "lt"; "gt": farther than); a block's router stops once all its experts are flagged. With several processes only all
     of them together stop a router.
 
+    Known limit: an optimizer holds what trains when it is made. `Trainer` makes a new one when it resumes, and cannot load
+    into it the state of one that was made before routers stopped. Resume from a checkpoint before the stop.
+
     Args:
         at_step: stop all routers after so many optimizer steps of a task.
         at_fraction: the same as a part of the task's steps; known in a `Trainer`, else given to `begin_task`.
