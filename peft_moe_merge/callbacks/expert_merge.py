@@ -19,6 +19,9 @@ class ExpertMergeCallback(TaskCallback):
     "steps": a merge every `merge_every` steps. "task_end": at a late step of the task, merges until it has `merge_to`
     experts in every block; then training goes on with these. "pool_full": none here, `add_task` merges.
 
+    Known limit: with merge_routing="redirect" a merge leaves fewer experts to train, and `Trainer` cannot load the state of
+    an optimizer made before it into the one that it makes when it resumes. Resume from a checkpoint before the merge.
+
     Args:
         merge_every: optimizer steps between merges, the merging cycle M; None never merges, whatever `merge_at` is.
         freeze_top_k: how many of a task's most selected experts freeze, per block, when the task ends; 0 freezes none.
@@ -46,7 +49,7 @@ class ExpertMergeCallback(TaskCallback):
     ):
         super().__init__()
         if merge_every is not None:
-            check_integer("merge_every", merge_every, 1)
+            check_integer("merge_every", merge_every, 1)  # None is allowed too
         check_integer("freeze_top_k", freeze_top_k, 0)
         check_integer("merge_to", merge_to, 1)
         check_number("merge_after", merge_after, 0, 1)
