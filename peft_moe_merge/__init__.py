@@ -4,7 +4,7 @@
 `WEMoEConfig`: one model from several fine-tuned ones. Importing this package registers both with PEFT.
 """
 
-from .callbacks import ExpertMergeCallback, RouterFreezeCallback
+from .callbacks import ExpertMergeCallback, RouterFreezeCallback, RouterNoiseCallback
 from .inference import ContinualClassifier, TaskClasses
 from .model_merging.static import merge_static
 from .moved import serve_moved_modules
@@ -17,6 +17,7 @@ __all__ = [
     "MoELoraMergeConfig",
     "MoELoraMergeModel",
     "RouterFreezeCallback",
+    "RouterNoiseCallback",
     "TaskClasses",
     "WEMoEConfig",
     "WEMoEModel",

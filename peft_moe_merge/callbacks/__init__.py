@@ -3,5 +3,6 @@
 from .base import TaskCallback
 from .expert_merge import ExpertMergeCallback
 from .router_freeze import RouterFreezeCallback
+from .router_noise import RouterNoiseCallback
 
-__all__ = ["ExpertMergeCallback", "RouterFreezeCallback", "TaskCallback"]
+__all__ = ["ExpertMergeCallback", "RouterFreezeCallback", "RouterNoiseCallback", "TaskCallback"]

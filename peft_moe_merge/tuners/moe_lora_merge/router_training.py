@@ -43,9 +43,30 @@ class RouterTraining:
         for routers in self.router_banks().values():
             routers.keep_decisions = keep or self._config.has_router_losses
 
-    def routing_decisions(self) -> dict[str, Decisions]:
-        """Return, per block, what the current task's router decided in this thread's latest training call, if kept."""
-        index = self._config.current_index
+    def set_router_noise(self, factor: float) -> None:
+        """Multiply the exploration noise in training by `factor` from the next call on; 0 routes without noise.
+
+        Raises:
+            ValueError: `factor` is no finite number of at least 0, or is positive where the routers were made without
+                noise.
+        """
+        number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not number or not 0.0 <= factor < float("inf"):
+            raise ValueError(f"The factor on the noise must be a finite number, at least 0; got {factor!r}.")
+        if factor > 0 and not all(len(routers.noise_weight) for routers in self.router_banks().values()):
+            raise ValueError(
+                f"The routers were made without noise and have no parameters for it, got factor={factor!r}: make the "
+                "adapter with `router_noise` above 0, then lower it by `set_router_noise`."
+            )
+        self._change_config(router_noise=float(factor))
+
+    def routing_decisions(self, task: str | None = None) -> dict[str, Decisions]:
+        """Return, per block, what a task's router decided in this thread's latest training call, if kept.
+
+        Args:
+            task: its name; the current one by default.
+        """
+        index = self._config.current_index if task is None else self._task_index(task)
         return {
             name: decisions
             for name, decided in latest_record(self.adapters).decisions.items()
@@ -53,9 +74,9 @@ class RouterTraining:
             if decisions.task == index
         }
 
-    def stop_routers(self, blocks: list[str] | None = None) -> None:
-        """Train the current task's router no more, in the named blocks or in all; experts go on."""
-        routers, index = self.router_banks(), self._task_index(None)
+    def stop_routers(self, blocks: list[str] | None = None, task: str | None = None) -> None:
+        """Train a task's router no more, the current one's by default, in the named blocks or in all; experts go on."""
+        routers, index = self.router_banks(), self._task_index(task)
         for name in routers if blocks is None else blocks:
             self._of_block(routers, name).stopped[index] = True
         self._train_what_may_train()
