@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,9 @@ class RouterTraining:
                 f"The routers were made without noise and have no parameters for it, got factor={factor!r}: make the "
                 "adapter with `router_noise` above 0, then lower it by `set_router_noise`."
             )
-        self._change_config(router_noise=float(factor))
+        noisy = any(len(routers.noise_weight) for routers in self.router_banks().values())
+        # the configuration is saved, and 0 there means that there are no parameters for noise; this adds nothing either
+        self._change_config(router_noise=float(factor) or (sys.float_info.min if noisy else 0.0))
 
     def routing_decisions(self, task: str | None = None) -> dict[str, Decisions]:
         """Return, per block, what a task's router decided in this thread's latest training call, if kept.
