@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Barrier
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import randomize, tiny_batch, tiny_clip
 from peft import get_peft_model
 from torch import nn
-from transformers import CLIPModel, SiglipConfig, SiglipModel
+from transformers import CLIPModel, CLIPVisionModel, SiglipConfig, SiglipModel
 
 from peft_moe_merge import MoELoraMergeConfig
 
@@ -193,17 +194,37 @@ def test_gradient_checkpointing_of_a_whole_call(form, reentrant):
     assert all(torch.equal(counts, counted_too[key]) for key, counts in counted.items())
 
 
-@both_forms
-def test_compiled_models_follow_their_tasks(form):
-    model = adapted(form)
+def compiled_and_not(model, batch, calls):
+    """Call a model and its compiled form, with a task of its own for each call. Gives the values of both."""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    seen = []
-    for task, ids in [("a", None), ("b", None), ("b", IDS[0]), ("b", IDS[4]), (None, None), ("a", None)]:
+    compiled, seen = torch.compile(model, backend="eager"), []
+    for task, ids in calls:
         model.set_task(task)
-        seen.append(logits(model, ids))
-        torch.testing.assert_close(logits(compiled, ids), seen[-1])
-    assert not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
+        task_ids = None if ids is None else torch.tensor(ids)
+        with torch.no_grad():
+            seen.append([module(**batch, task_ids=task_ids)[0] for module in (model, compiled)])
+    for one, other in pairwise(seen):
+        assert not torch.allclose(one[0], other[0])
+    return zip(*seen, strict=True)
+
+
+CALLS = [("a", None), ("b", None), ("b", IDS[0]), ("a", None)]
+
+
+@both_forms
+def test_a_compiled_tower_follows_its_tasks(form):
+    values = {"target_modules": ["fc1", "fc2"], "layers_to_transform": [0]} if form == POOL else {}
+    tower = adapted(form, CLIPVisionModel(tiny_clip().config.vision_config), **values)
+    plain, compiled = compiled_and_not(tower, {"pixel_values": tiny_batch()["pixel_values"]}, CALLS)
+    torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.slow
+@both_forms
+def test_a_compiled_clip_follows_its_tasks(form):
+    model = adapted(form, **({"target_modules": ["fc1", "fc2"]} if form == POOL else {}))
+    plain, compiled = compiled_and_not(model, tiny_batch(), [*CALLS, ("b", IDS[4]), (None, None)])
+    torch.testing.assert_close(compiled, plain)
 
 
 # ------------------------------------------------------------------------------------------- nothing is left behind
