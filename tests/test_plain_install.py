@@ -71,7 +71,7 @@ import peft_moe_merge
 from peft_moe_merge import *
 
 for module in pkgutil.walk_packages(peft_moe_merge.__path__, "peft_moe_merge."):
-    if not module.name.startswith(("peft_moe_merge.mtil", "peft_moe_merge.theory")):
+    if not module.name.startswith(("peft_moe_merge.mtil", "peft_moe_merge.report", "peft_moe_merge.theory")):
         importlib.import_module(module.name)
 
 tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

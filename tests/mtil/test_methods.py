@@ -35,7 +35,7 @@ SETTINGS = MethodSettings(
     average_every=2,
     exemplars=20,
 )
-PUBLISHED = {
+NAMES = {
     "zero_shot",
     "finetune",
     "lora",
@@ -47,8 +47,9 @@ PUBLISHED = {
     "icarl",
     "moe_adapters",
     "moe_lora_merge",
+    "moe_lora_pool",
 }
-TRAINED = sorted(PUBLISHED - {"zero_shot"})
+TRAINED = sorted(NAMES - {"zero_shot"})
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,8 @@ def logits_of(method, model, pixels, texts):
 # all of them ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_registry_has_the_published_names():
-    assert set(METHODS) == PUBLISHED
+def test_the_registry_has_all_names():
+    assert set(METHODS) == NAMES
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -172,12 +173,12 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_learning_rate(name, make):
-    """Experts train at the stream's rate, LoRAs and whole CLIPs at their own."""
-    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5)
-    expected = (
-        4e-3 if name in ("moe_adapters", "moe_lora_merge", "zero_shot") else 3e-5 if "lora_" in f"{name}_" else 2e-5
-    )
-    assert make(name, settings).learning_rate(4e-3) == expected
+    """Shared experts train at the stream's rate, LoRAs, pools and whole CLIPs at their own."""
+    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5)
+    expected = dict.fromkeys(METHODS, 2e-5)
+    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot"), 4e-3)
+    expected |= dict.fromkeys(("lora", "lora_per_task"), 3e-5) | {"moe_lora_pool": 5e-5}
+    assert make(name, settings).learning_rate(4e-3) == expected[name]
 
 
 @pytest.mark.parametrize("name", ["finetune", "wise_ft", "lwf", "lwf_vr", "zscl", "icarl"])
