@@ -10,7 +10,7 @@ def _lacks(module: str) -> bool:
         return True
 
 
-_NEEDED = ("datasets", "evaluate", "jinja2", "matplotlib", "rich", "sklearn", "torchvision")
+_NEEDED = ("datasets", "evaluate", "matplotlib", "rich", "sklearn", "torchvision")
 _lacking = [module for module in _NEEDED if _lacks(module)]
 if _lacking:
     raise ImportError(
