@@ -143,6 +143,10 @@ class Record:
     losses: list[Tensor] = field(default_factory=list)
     joined: bool = False
 
+    def loss(self) -> Tensor:
+        """Return the mean of the losses, of which there must be some."""
+        return torch.stack([loss.to(self.losses[0].device) for loss in self.losses]).mean()
+
 
 @dataclass(frozen=True)
 class RoutingContext:

@@ -183,10 +183,6 @@ class RoutedModel:
         """Whether some part of the model knows which samples are images and which are prompts."""
         return any(isinstance(module, TwoTowered) for module in self.modules())
 
-    def experts_enabled(self) -> bool:
-        """Whether adapters are not disabled."""
-        return not first_layer(self).disable_adapters
-
     def _active_config(self) -> MoELoraMergeConfig:
         active = first_layer(self).active_adapters
         if len(active) != 1:
@@ -240,7 +236,7 @@ def join_losses(output: Any, inputs: Mapping[str, Any], record: Record) -> Any:
 
     The first item of a tuple is a loss where the call was asked for one, by labels or `return_loss`.
     """
-    loss = torch.stack([loss.to(record.losses[0].device) for loss in record.losses]).mean()
+    loss = record.loss()
     if isinstance(output, tuple):
         asked = inputs.get("return_loss") or "labels" in inputs
         if not asked:

@@ -26,7 +26,7 @@ class RouterTraining:
         """
         record = latest_record(self.adapters)
         if record.losses and not record.joined:
-            return torch.stack([loss.to(record.losses[0].device) for loss in record.losses]).mean()
+            return record.loss()
         if self._config.has_router_losses and not record.joined:
             raise RuntimeError(
                 "There are no routing decisions to compute a loss from. Call `auxiliary_loss()` after a forward pass in "
