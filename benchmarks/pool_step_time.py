@@ -19,10 +19,9 @@ medians over rounds, and the range. `--clock cpu` counts the processor's time an
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -31,16 +30,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from rounds import CLOCKS, ratios, take_turns, timed, write_json
 from torch import Tensor, nn
 from transformers import CLIPProcessor
 
 from peft_moe_merge import MoELoraMergeConfig
-from peft_moe_merge.files import whole
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import TASKS, load_task, mini_clip_path
 from peft_moe_merge.tuners.moe_lora_merge.config import POOL
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def pool(experts: int, r: int, tasks: int) -> MoELoraMergeConfig:
@@ -101,36 +98,15 @@ def make_batch(images: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     return dict(batch), torch.tensor(rows["label"])
 
 
-def take_turns(
-    steps: dict[str, Callable[[], None]], rounds: int, per_round: int, clock: str
-) -> dict[str, list[float]]:
-    """Let every contestant take its steps in each round, after one to warm up; return seconds a step, round by round."""
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            start = CLOCKS[clock]()
-            for _ in range(per_round):
-                steps[name]()
-            if turn > 0:
-                seconds[name].append((CLOCKS[clock]() - start) / per_round)
-    return seconds
-
-
 def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def compare(seconds: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
     """Return milliseconds a step, and ratios within rounds."""
-    ratios = {
-        f"{ours} / {other}": summary([a / b for a, b in zip(seconds[ours], seconds[other], strict=True)])
-        for ours, other in RATIOS
-    }
     return {
         "milliseconds": {name: summary([1e3 * value for value in values]) for name, values in seconds.items()},
-        "ratios": ratios,
+        "ratios": {f"{ours} / {other}": summary(ratios(seconds[ours], seconds[other])) for ours, other in RATIOS},
     }
 
 
@@ -161,12 +137,14 @@ def main() -> None:
     }
     console = Console()
     for phase, training in (("training step", True), ("inference", False)):
-        steps: dict[str, Callable[[], None]] = {}
+        steps = {}
         for name, contestant in contestants.items():
             contestant.model.train(training)
             take = contestant.train if training else contestant.infer
-            steps[name] = lambda take=take: take(batch, labels)
-        results[phase] = rows = compare(take_turns(steps, args.rounds, args.steps, args.clock))
+            steps[name] = timed(partial(take, batch, labels), args.clock, args.steps)
+        results[phase] = rows = compare(
+            {name: seconds["step"] for name, seconds in take_turns(steps, args.rounds, phase).items()}
+        )
         table = Table("", "median", "lowest", "highest", title=f"{phase}, {args.batch_size} images")
         for name, row in rows["milliseconds"].items():
             table.add_row(f"{name}, ms", *(f"{value:.1f}" for value in row.values()))
@@ -174,9 +152,7 @@ def main() -> None:
             table.add_row(name, *(f"{value:.2f}" for value in row.values()))
         console.print(table)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with whole(args.output) as partial:
-            partial.write_text(json.dumps(results, indent=1))
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

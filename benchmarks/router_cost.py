@@ -7,13 +7,11 @@ same round, with the quartiles. The model is the small CLIP that ships with the 
 """
 
 import argparse
-import json
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from rounds import quartiles, ratios, take_turns, timed
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig, RouterFreezeCallback
 from peft_moe_merge.mtil.clip import load_clip
@@ -60,24 +58,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="per variant and round")
     arguments = parser.parse_args()
     variants = {name: Variant(*made_of) for name, made_of in VARIANTS.items()}
-    ratios: dict[str, list[float]] = {name: [] for name in variants}
-    for variant in variants.values():  # warm up
-        variant.step()
-    for _ in range(arguments.rounds):
-        seconds = {}
-        for name, variant in variants.items():
-            began = time.perf_counter()
-            for _ in range(arguments.steps):
-                variant.step()
-            seconds[name] = time.perf_counter() - began
-        for name, value in seconds.items():
-            ratios[name].append(value / seconds["plain"])
-    result = {}
-    for name, values in ratios.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        result[name], result[f"{name}_spread"] = round(median, 3), [round(low, 3), round(high, 3)]
+    steps = {name: timed(variant.step, times=arguments.steps) for name, variant in variants.items()}
+    seconds = {name: own["step"] for name, own in take_turns(steps, arguments.rounds, "rounds").items()}
+    for name, own in seconds.items():
+        median, (low, high) = quartiles(ratios(own, seconds["plain"]))
         print(f"{name:10s} {median:.2f} x plain   (quartiles {low:.2f} to {high:.2f})")
-    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, **result}))
 
 
 if __name__ == "__main__":

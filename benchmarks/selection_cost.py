@@ -9,18 +9,15 @@ same round, with the quartiles. Every image is routed, and they are spread evenl
 """
 
 import argparse
-import json
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
+from rounds import quartiles, ratios, take_turns, timed, write_json
 from transformers import CLIPConfig, CLIPModel
 
 from peft_moe_merge import MoELoraMergeConfig
@@ -99,31 +96,6 @@ def contestants(model: PeftModel, pixels: torch.Tensor) -> dict[str, Callable[[]
     return runs
 
 
-@torch.inference_mode()
-def measure(
-    runs: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> Iterator[dict[str, list[float]]]:
-    """Time all in every round; yield, after each, their ratios to plain CLIP in the same round so far."""
-    names = list(runs)
-    ratios: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for number in tqdm(range(rounds), desc="rounds"):
-        seconds = {}
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            began = clock()
-            runs[name]()
-            seconds[name] = clock() - began
-        for name in names:
-            ratios[name].append(seconds[name] / seconds["plain"])
-        yield ratios
-
-
-def summary(ratios: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
-    """Return lower quartile, median and upper quartile of each."""
-    return {name: tuple(np.quantile(values, [0.25, 0.5, 0.75]).tolist()) for name, values in ratios.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small model, within a minute")
@@ -147,24 +119,24 @@ def main() -> None:
     pixels = torch.randn(arguments.batch, 3, image_size, image_size)
     result = {"model": size, "batch": arguments.batch, "tasks": TASKS, "target": TARGET}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    result["rounds"] = arguments.rounds
     result["clock"] = "processor time" if arguments.cpu_time else "time"
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    for ratios in measure(contestants(model, pixels), arguments.rounds, clock):
-        result["rounds"] = len(ratios["plain"])
-        for name, (low, median, high) in summary(ratios).items():
-            result[name], result[f"{name}_spread"] = round(median, 3), [round(low, 3), round(high, 3)]
-        if arguments.output:  # after every round, so that an interrupted run keeps what it has
-            arguments.output.write_text(json.dumps(result, indent=1))
-
+    clock = "cpu" if arguments.cpu_time else "wall"
+    runs = {name: timed(run, clock) for name, run in contestants(model, pixels).items()}
+    with torch.inference_mode():
+        seconds = take_turns(runs, arguments.rounds, "rounds")
     table = Table(
         title=f"{size}, {arguments.batch} images, {TASKS} tasks: {result['clock']} / plain CLIP's image pass"
     )
     for heading in ("", "median", "quartiles"):
         table.add_column(heading)
-    for name, (low, median, high) in summary(ratios).items():
-        table.add_row(name, f"{median:.2f}", f"{low:.2f} to {high:.2f}")
+    for name, own in seconds.items():
+        result[name], result[f"{name}_spread"] = quartiles(ratios(own["step"], seconds["plain"]["step"]))
+        low, high = result[f"{name}_spread"]
+        table.add_row(name, f"{result[name]:.2f}", f"{low:.2f} to {high:.2f}")
+    if arguments.output:
+        write_json(arguments.output, result)
     Console().print(table)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

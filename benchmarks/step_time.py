@@ -38,15 +38,16 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from dispatch import add_dispatch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from rounds import quartiles, take_turns, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from peft_moe_merge import MoELoraMergeConfig
-from peft_moe_merge.files import whole
 
 MERGE_EVERY = 100
 TASKS = 11
@@ -86,55 +87,6 @@ TARGETS = {
     "extra_memory_gb": ("at most", 2.0),
     "inference_over_clip": ("at most", 1.10),
 }
-
-
-class Dispatch(nn.Module):
-    """A mixture of experts as it is commonly written: gather the samples, call expert after expert, put them back.
-
-    Shapes: B samples, L tokens, D width, E experts, K chosen, S = B K pairs of a sample and an expert.
-    """
-
-    def __init__(self, width: int, num_experts: int, top_k: int = 2, r: int = 64, scaling: float = 0.1):
-        super().__init__()
-        self.top_k, self.scaling = top_k, scaling
-        self.router = nn.Parameter(torch.zeros(width, num_experts))
-        self.noise = nn.Parameter(torch.zeros(width, num_experts))
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, r), nn.ReLU(), nn.Dropout(0.1), nn.Linear(r, width))
-            for _ in range(num_experts)
-        )
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        logits_BE = x_BLD[:, 0] @ self.router
-        if self.training:
-            logits_BE = logits_BE + torch.randn_like(logits_BE) * (F.softplus(x_BLD[:, 0] @ self.noise) + 0.01)
-        logits_BK, indices_BK = logits_BE.topk(self.top_k)
-        expert_S, order_S = indices_BK.flatten().sort(stable=True)
-        sample_S = order_S // self.top_k
-        counts_E = torch.bincount(expert_S, minlength=len(self.experts)).tolist()
-        pieces = x_BLD[sample_S].split(counts_E)
-        y_SLD = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
-        gates_S = logits_BK.softmax(dim=-1).flatten()[order_S] * self.scaling
-        y_SLD = y_SLD * gates_S[:, None, None].to(y_SLD.dtype)
-        return torch.zeros_like(x_BLD, dtype=y_SLD.dtype).index_add(0, sample_S, y_SLD)
-
-
-def add_dispatch(clip: CLIPModel, num_experts: int) -> CLIPModel:
-    """Put a `Dispatch` beside every MLP block: `y = x + MLP(LN2(x)) + MoE(x)`."""
-    clip.requires_grad_(False)
-    clip.mixtures = nn.ModuleList()
-    for tower in (clip.vision_model, clip.text_model):
-        for block in tower.encoder.layers:
-            mixture = Dispatch(block.embed_dim, num_experts)
-            clip.mixtures.append(mixture)
-            stream: list[Tensor] = []
-            block.layer_norm2.register_forward_pre_hook(
-                partial(lambda stream, _, args: stream.append(args[0]), stream)
-            )
-            block.mlp.register_forward_hook(
-                partial(lambda mixture, stream, _, args, y_BLD: y_BLD + mixture(stream.pop()), mixture, stream)
-            )
-    return clip
 
 
 class Contestant:
@@ -262,23 +214,6 @@ def make_batch(settings: dict[str, Any], images: int, prompts: int, device: str,
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def take_turns(contestants: dict[str, Callable[[], dict[str, float]]], rounds: int, title: str) -> dict[str, Any]:
-    """Let every contestant take a step per round, after a round to warm up.
-
-    Returns:
-        Per contestant and phase, the seconds in each round.
-    """
-    names = list(contestants)
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    for turn in tqdm(range(rounds + 1), desc=title, leave=False):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            for phase, elapsed in contestants[name]().items():
-                if turn > 0:
-                    seconds[name].setdefault(phase, []).append(elapsed)
-    return seconds
-
-
 def training_cell(cell: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     names, prompts, bf16, key = TRAINING[cell]
     batch = make_batch(settings, args.batch_size, prompts, args.device, args.seed)
@@ -338,14 +273,6 @@ def memory_cell(args: argparse.Namespace) -> dict[str, list[float]]:
     return peaks
 
 
-def summary(values: list[float]) -> tuple[float, list[float]]:
-    """Return the median and the quartiles."""
-    if len(values) == 1:
-        return values[0], [values[0]] * 2
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return median, [low, high]
-
-
 def fixed_numbers(cells: dict[str, Any]) -> dict[str, Any]:
     """Compute the fixed numbers from the finished cells, each a median with its spread."""
     values: dict[str, list[float]] = {}
@@ -365,7 +292,7 @@ def fixed_numbers(cells: dict[str, Any]) -> dict[str, Any]:
     numbers = {}
     for key in TARGETS:
         if key in values:
-            numbers[key], numbers[f"{key}_spread"] = summary(values[key])
+            numbers[key], numbers[f"{key}_spread"] = quartiles(values[key])
     return numbers
 
 
@@ -387,7 +314,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     for column in ("", "median", "quartiles", "target", "met"):
         numbers.add_column(column)
     for name, values in result["cells"].get("memory", {}).items():
-        median, (low, high) = summary(values)
+        median, (low, high) = quartiles(values)
         numbers.add_row(f"peak GB, {name}", f"{median:.2f}", f"{low:.2f} to {high:.2f}", "", "")
     for key, (side, target) in TARGETS.items():
         if key in result:
@@ -408,12 +335,6 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
     }
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as unfinished:
-        unfinished.write_text(json.dumps(result, indent=1))
 
 
 def main() -> None:
@@ -457,7 +378,7 @@ def main() -> None:
             gc.collect()  # hooks and their models refer to one another
             result |= fixed_numbers(result["cells"])
             if args.output:
-                save(result, args.output)
+                write_json(args.output, result)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables(result):
         console.print(table)

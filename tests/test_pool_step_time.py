@@ -1,25 +1,16 @@
 """The benchmark of the pool's step: who is compared trains as much, and ratios are taken within rounds."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import pool_step_time
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "pool_step_time.py"
-
-
-@pytest.fixture(scope="module")
-def pool_step_time():
-    spec = importlib.util.spec_from_file_location("pool_step_time", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = Path(pool_step_time.__file__)
 
 
-def test_contestants_train_the_same_number_of_weights_beside_the_same_layers(pool_step_time):
+def test_contestants_train_the_same_number_of_weights_beside_the_same_layers():
     lora = pool_step_time.Contestant("LoRA", 0)
     for name, experts in (("1 x r16", 1), ("2 x r8", 2)):
         model = pool_step_time.Contestant(name, 0).model
@@ -28,7 +19,7 @@ def test_contestants_train_the_same_number_of_weights_beside_the_same_layers(poo
         assert len([n for n in trained if ".up_weight." in n]) == experts * len(lora.model.targeted_module_names)
 
 
-def test_ratios_are_taken_within_a_round(pool_step_time):
+def test_ratios_are_taken_within_a_round():
     seconds = {"LoRA": [1.0, 2.0, 4.0], "1 x r16": [3.0, 4.0, 4.0], "2 x r8": [1.0, 1.0, 2.0]}
     seconds["2 x r8, 110 tasks"] = [2.0, 3.0, 8.0]
     ratios = pool_step_time.compare(seconds)["ratios"]

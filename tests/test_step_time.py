@@ -1,6 +1,5 @@
 """The benchmark of the step: its contestants compute the same, and its numbers are there and come from its cells."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import step_time
 import torch
 from conftest import randomize, tiny_batch, tiny_clip
+from dispatch import add_dispatch
 from peft import get_peft_model
 
 from peft_moe_merge import MoELoraMergeConfig
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
+SCRIPT = Path(step_time.__file__)
 KEYS = {
     "step_over_floor",
     "dispatch_over_ours_32",
@@ -26,18 +27,10 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def step_time():
-    spec = importlib.util.spec_from_file_location("step_time", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_plain_dispatch_computes_what_ours_does(step_time):
+def test_the_plain_dispatch_computes_what_ours_does():
     ours = get_peft_model(tiny_clip(), MoELoraMergeConfig(num_experts=6, r=64)).eval()
     randomize(ours)
-    dispatch = step_time.add_dispatch(tiny_clip(), num_experts=6).eval()
+    dispatch = add_dispatch(tiny_clip(), num_experts=6).eval()
     blocks = [*ours.base_model.model.vision_model.encoder.layers, *ours.base_model.model.text_model.encoder.layers]
     with torch.no_grad():
         for block, mixture in zip(blocks, dispatch.mixtures, strict=True):
@@ -54,7 +47,7 @@ def test_the_plain_dispatch_computes_what_ours_does(step_time):
     assert not torch.allclose(expected, tiny_clip()(**batch).logits_per_image, atol=1e-2), "the experts matter"
 
 
-def test_numbers_come_from_the_cells(step_time):
+def test_numbers_come_from_the_cells():
     def cell(**steps):
         return {name.replace("_", " "): {"step": values} for name, values in steps.items()}
 

@@ -6,6 +6,7 @@ Shapes: B images, N training images, F features, H bottleneck, T tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +19,34 @@ from .taskwise import TaskwiseSelector
 TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
+@dataclass(frozen=True)
+class Training:
+    """How an autoencoder trains.
+
+    Args:
+        bottleneck: hidden units.
+        iterations: training steps per task.
+        reference_iterations: the same for the reference set.
+        batch_size: images per step.
+        lr: Adam's learning rate, a tenth after every `decay_epochs` passes over the images.
+        weight_decay: Adam's.
+        decay_epochs: see `lr`.
+    """
+
+    bottleneck: int = 100
+    iterations: int = 300
+    reference_iterations: int = 1000
+    batch_size: int = 64
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    decay_epochs: int = 10
+
+    def __post_init__(self):
+        for name in ("bottleneck", "iterations", "reference_iterations", "batch_size", "decay_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
 class AutoencoderSelector(TaskwiseSelector):
     """One autoencoder per task, `sigmoid(f) -> linear -> relu -> linear -> sigmoid`, trained on squared error.
 
@@ -28,50 +57,25 @@ class AutoencoderSelector(TaskwiseSelector):
     Args:
         source, reject_rate, held_out, per_batch, seed: see `Selector`.
         threshold: the largest error that is still one of a known task's images; None calibrates it per task.
-        bottleneck: hidden units.
-        iterations: training steps per task.
-        reference_iterations: the same for the reference set.
-        batch_size: images per step.
-        lr: Adam's learning rate, a tenth after every `decay_epochs` passes over the images.
-        weight_decay: Adam's.
-        decay_epochs: see `lr`.
+        bottleneck, iterations, reference_iterations, batch_size, lr, weight_decay, decay_epochs: see `Training`.
+
+    Raises:
+        TypeError: an option that there is not.
+        ValueError: an option out of range.
     """
 
     kind = "autoencoder"
     own_names = TENSORS
     shared_names = tuple(f"reference_{name}" for name in TENSORS)
 
-    def __init__(
-        self,
-        source: FeatureSource | None = None,
-        *,
-        threshold: float | None = None,
-        bottleneck: int = 100,
-        iterations: int = 300,
-        reference_iterations: int = 1000,
-        batch_size: int = 64,
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        decay_epochs: int = 10,
-        **options: Any,
-    ):
+    def __init__(self, source: FeatureSource | None = None, *, threshold: float | None = None, **options: Any):
+        own = {field.name: options.pop(field.name) for field in fields(Training) if field.name in options}
         super().__init__(source, **options)
-        self.settings = {
-            "threshold": threshold,
-            "bottleneck": bottleneck,
-            "iterations": iterations,
-            "reference_iterations": reference_iterations,
-            "batch_size": batch_size,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "decay_epochs": decay_epochs,
-        }
-        for name in ("bottleneck", "iterations", "reference_iterations", "batch_size", "decay_epochs"):
-            if self.settings[name] < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {self.settings[name]}.")
+        self.threshold = threshold
+        self.training = Training(**own)
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), **self.settings}
+        return {**super().options(), "threshold": self.threshold, **asdict(self.training)}
 
     def fit_reference(self, features_NF: Tensor) -> None:
         """Train an autoencoder on images of no task, such as a broad set of photographs; it wins for none of them.
@@ -80,7 +84,7 @@ class AutoencoderSelector(TaskwiseSelector):
             ValueError: features are NaN, infinite or of another width than those fitted.
         """
         self._check(features_NF, "of the reference set")
-        trained = self._train(features_NF, self.settings["reference_iterations"], self.seed)
+        trained = self._train(features_NF, self.training.reference_iterations, self.seed)
         self.shared = {f"reference_{name}": tensor for name, tensor in trained.items()}
         self.width = features_NF.shape[1]
         self._prepared = {}
@@ -89,22 +93,22 @@ class AutoencoderSelector(TaskwiseSelector):
         self, task: str, batches: Iterator[tuple[Tensor, Tensor | None]], texts_CP: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         features_NF = torch.cat([features_BF for features_BF, _ in batches])
-        return self._train(features_NF, self.settings["iterations"], self.seed + len(self.tasks) + 1), self.shared
+        return self._train(features_NF, self.training.iterations, self.seed + len(self.tasks) + 1), self.shared
 
     def _train(self, features_NF: Tensor, iterations: int, seed: int) -> dict[str, Tensor]:
         target_NF = features_NF.float().sigmoid()
         images, width = target_NF.shape
-        batch_size = min(self.settings["batch_size"], images)
+        batch_size = min(self.training.batch_size, images)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
-            network = nn.Sequential(nn.Linear(width, self.settings["bottleneck"]), nn.ReLU())
-            network.append(nn.Linear(self.settings["bottleneck"], width)).append(nn.Sigmoid())
+            network = nn.Sequential(nn.Linear(width, self.training.bottleneck), nn.ReLU())
+            network.append(nn.Linear(self.training.bottleneck, width)).append(nn.Sigmoid())
             network.to(target_NF.device)
             optimizer = torch.optim.Adam(
-                network.parameters(), lr=self.settings["lr"], weight_decay=self.settings["weight_decay"]
+                network.parameters(), lr=self.training.lr, weight_decay=self.training.weight_decay
             )
             epoch = -(-images // batch_size)
-            schedule = torch.optim.lr_scheduler.StepLR(optimizer, epoch * self.settings["decay_epochs"])
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, epoch * self.training.decay_epochs)
             order = torch.cat([torch.randperm(images) for _ in range(-(-iterations // epoch))])
             rows = [part for part_of in order.split(images) for part in part_of.split(batch_size)]
             for rows_B in rows[:iterations]:
@@ -134,8 +138,8 @@ class AutoencoderSelector(TaskwiseSelector):
 
     def bars(self, features_BF: Tensor, scores_BT: Tensor, together: int = 1) -> Tensor:
         bars_BT = super().bars(features_BF, scores_BT, together)
-        if self.settings["threshold"] is not None:
-            bars_BT = torch.full_like(bars_BT, -self.settings["threshold"])
+        if self.threshold is not None:
+            bars_BT = torch.full_like(bars_BT, -self.threshold)
         if self.shared:
             reference_B = self._score(features_BF, self.prepared(features_BF.device)[-1])
             bars_BT = bars_BT.maximum(reference_B[:, None])

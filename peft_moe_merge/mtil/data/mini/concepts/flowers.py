@@ -12,12 +12,12 @@ def _petals(
     count: int,
     colour: str,
     centre: str,
-    length: float = 0.55,
-    width: float = 0.2,
+    petal: tuple[float, float] = (0.55, 0.2),
     eye: float = 0.28,
     layers: int = 1,
 ) -> None:
-    """Seen from above: rings of petals around an eye."""
+    """Seen from above: rings of petals around an eye; `petal` is the length and the width of one."""
+    length, width = petal
     turn = c.uniform(0, 360)
     for layer in range(layers):
         size = 1 - 0.28 * layer
@@ -68,24 +68,18 @@ def _dandelion(c: Canvas) -> None:
 
 CONCEPTS: dict[str, Concept] = {
     "bluebell": _bluebell,
-    "buttercup": functools.partial(
-        _petals, count=5, colour="yellow", centre="orange", length=0.45, width=0.38, eye=0.2
-    ),
-    "cornflower": functools.partial(
-        _petals, count=9, colour="blue", centre="dark blue", length=0.45, width=0.16, eye=0.25
-    ),
-    "daisy": functools.partial(_petals, count=12, colour="white", centre="yellow", width=0.13),
+    "buttercup": functools.partial(_petals, count=5, colour="yellow", centre="orange", petal=(0.45, 0.38), eye=0.2),
+    "cornflower": functools.partial(_petals, count=9, colour="blue", centre="dark blue", petal=(0.45, 0.16), eye=0.25),
+    "daisy": functools.partial(_petals, count=12, colour="white", centre="yellow", petal=(0.55, 0.13)),
     "dandelion": _dandelion,
     "lavender": _lavender,
-    "lily": functools.partial(
-        _petals, count=6, colour="white", centre="light green", length=0.52, width=0.18, eye=0.12
+    "lily": functools.partial(_petals, count=6, colour="white", centre="light green", petal=(0.52, 0.18), eye=0.12),
+    "lotus": functools.partial(
+        _petals, count=8, colour="pink", centre="yellow", petal=(0.55, 0.22), eye=0.2, layers=2
     ),
-    "lotus": functools.partial(_petals, count=8, colour="pink", centre="yellow", width=0.22, eye=0.2, layers=2),
-    "poppy": functools.partial(_petals, count=4, colour="red", centre="black", length=0.5, width=0.46, eye=0.22),
+    "poppy": functools.partial(_petals, count=4, colour="red", centre="black", petal=(0.5, 0.46), eye=0.22),
     "rose": _rose,
-    "sunflower": functools.partial(
-        _petals, count=14, colour="yellow", centre="brown", length=0.4, width=0.12, eye=0.48
-    ),
+    "sunflower": functools.partial(_petals, count=14, colour="yellow", centre="brown", petal=(0.4, 0.12), eye=0.48),
     "tulip": _tulip,
-    "violet": functools.partial(_petals, count=5, colour="purple", centre="yellow", length=0.45, width=0.36, eye=0.14),
+    "violet": functools.partial(_petals, count=5, colour="purple", centre="yellow", petal=(0.45, 0.36), eye=0.14),
 }
