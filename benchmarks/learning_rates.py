@@ -1,6 +1,7 @@
 """Which peak learning rate, and which shape of an expert pool, suit best, on images that are neither trained on nor tested on.
 
     python benchmarks/learning_rates.py [--steps 60] [--tasks aerial digits food] [--seeds 0 1]
+    python benchmarks/learning_rates.py --suite <folder> --model <CLIP> --tasks ...    # on images of your own
 
 A fifth of each task's training images is held out. Each task is learnt by itself, from the pretrained CLIP, at every point of a
 grid; printed is the mean accuracy on the held-out images. The rates of experts and LoRAs that
@@ -25,6 +26,7 @@ from peft_moe_merge.mtil.stream import Stream, StreamSettings
 from peft_moe_merge.report.statistics import estimate
 from peft_moe_merge.report.tables import spread
 
+RATES = (2.5e-3, 5e-3, 1e-2)
 GRID: dict[str, list[dict[str, Any]]] = {
     "moe_adapters": [{"lr": lr} for lr in (5e-3, 1e-2, 2e-2, 4e-2)],
     "lora": [{"lora_lr": lr} for lr in (2.5e-3, 5e-3, 1e-2)],
@@ -36,20 +38,34 @@ GRID: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+# how the few steps of a task are best used; LoRA+ names its ratio, rsLoRA scales by the root of the rank
+BUDGET: dict[str, list[dict[str, Any]]] = {
+    f"{name} budget": [
+        *({rate: lr, "loraplus_ratio": ratio} for ratio in (4.0, 16.0) for lr in RATES),
+        *({rate: lr, "use_rslora": True} for lr in RATES),
+        *({rate: lr, "schedule": schedule} for schedule in ("linear", "constant_with_warmup") for lr in RATES[1:]),
+        *({rate: lr, "warmup_steps": 0} for lr in RATES[1:]),
+    ]
+    for name, rate in (("moe_lora_pool", "pool_lr"), ("lora", "lora_lr"))
+}
+OF_THE_STREAM = ("lr", "schedule", "warmup_steps")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--suite", default="mini")
+    parser.add_argument("--model", default=str(mini_clip_path()))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_experts", type=int, default=20)
     parser.add_argument("--tasks", nargs="+", default=["aerial", "digits", "food"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--methods", nargs="+", default=list(GRID), choices=list(GRID))
+    parser.add_argument("--methods", nargs="+", default=list(GRID), choices=[*GRID, *BUDGET])
     options = parser.parse_args()
 
     accelerator = Accelerator()
     held_out = []
-    for task in load_suite("mini", options.tasks):
+    for task in load_suite(options.suite, options.tasks):
         parts = task.train.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
         held_out.append(replace(task, train=parts["train"], test=parts["test"]))
 
@@ -57,22 +73,23 @@ def main() -> None:
     for column in ("method", "settings", *options.tasks, "mean"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name in options.methods:
-        for tried in GRID[name]:
-            rates = [tried["lr"]] if "lr" in tried else [1e-3]
-            training = StreamSettings(steps=options.steps, batch_size=options.batch_size, lr=rates)
-            own = {key: value for key, value in tried.items() if key != "lr"}
+        for tried in {**GRID, **BUDGET}[name]:
+            of_stream = {key: tried[key] for key in OF_THE_STREAM if key in tried}
+            of_stream["lr"] = [tried.get("lr", 1e-3)]
+            training = StreamSettings(steps=options.steps, batch_size=options.batch_size, **of_stream)
+            own = {key: value for key, value in tried.items() if key not in OF_THE_STREAM}
             settings = MethodSettings(num_experts=options.num_experts, **own)
             accuracies = []
             for seed in options.seeds:
                 accuracies.append([])
                 for task in held_out:
                     set_seed(seed)
-                    method = METHODS[name](*load_clip(mini_clip_path()), settings)
+                    method = METHODS[name.removesuffix(" budget")](*load_clip(options.model), settings)
                     stream = Stream([task], training, accelerator)
                     stream.train(method, 0, seed, Progress({}))
                     accuracies[-1].append(stream.accuracy(method, task))
             columns = [*zip(*accuracies, strict=True), [sum(row) / len(row) for row in accuracies]]
-            shown = ", ".join(f"{key} {value:g}" for key, value in tried.items())
+            shown = ", ".join(f"{key} {value}" for key, value in tried.items())
             table.add_row(name, shown, *(spread(estimate(column)) for column in columns))
             print(name, tried, accuracies, flush=True)
         table.add_section()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import BaseImageProcessor, get_cosine_schedule_with_warmup
+from transformers import BaseImageProcessor, get_scheduler
 
 from peft_moe_merge.inference import zero_shot
 
@@ -27,7 +27,7 @@ from .data.task import Task
 from .fingerprint import fingerprint
 from .methods.base import Method, Routed
 from .selection import SelectorSettings, StreamSelectors
-from .settings import check_at_least, check_positive, setting
+from .settings import check_at_least, check_choices, check_positive, setting
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -40,13 +40,15 @@ class StreamSettings:
     batch_size: int = setting(64, "images per step, over all processes")
     lr: list[float] | None = setting(None, "peak learning rate, or one per task; default: the suite's, else 1e-3")
     weight_decay: float = setting(0.0, "of AdamW")
-    warmup_steps: int | None = setting(None, "of the cosine schedule; default: 100, or a tenth of the steps if less")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = setting("cosine", "of the learning rate")
+    warmup_steps: int | None = setting(None, "of the schedule; default: 100, or a tenth of the steps if less")
     crop_scale: float = setting(0.9, "smallest part of an image's area that a random-resized crop keeps")
     max_grad_norm: float | None = setting(None, "clip gradients to this norm; default: do not")
     eval_batch_size: int = setting(256, "images per batch and process when testing")
     num_workers: int = setting(0, "processes that decode images")
 
     def __post_init__(self):
+        check_choices(self, "schedule", ("cosine", "linear", "constant_with_warmup"))
         check_at_least(self, 1, "steps", "batch_size", "eval_batch_size")
         check_at_least(self, 0, "weight_decay", "warmup_steps", "num_workers")
         if self.max_grad_norm is not None:
@@ -229,8 +231,8 @@ class Stream:
         parameters = method.trainable_parameters()
         progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
         lr = method.learning_rate(settings.lr_of(position, task))
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
-        schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+        optimizer = torch.optim.AdamW(method.parameter_groups(lr), lr=lr, weight_decay=settings.weight_decay)
+        schedule = get_scheduler(settings.schedule, optimizer, settings.warmup_steps, settings.steps)
         batches = train_batches(
             task.train,
             method.processor.image_processor,

@@ -113,6 +113,10 @@ class Method(ABC):
         """Return the peak learning rate for a task where the stream suggests `lr`, which suits experts."""
         return lr
 
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups for the current task, of which some may learn at rates of their own."""
+        return [{"params": self.trainable_parameters(), "lr": lr}]
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of the images' similarities to all class prompts of the task, encoded anew each step.
 

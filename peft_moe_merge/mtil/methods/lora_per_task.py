@@ -33,7 +33,7 @@ class LoraPerTask(Method):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.learnt.append(task.name)
-        name, config = self.adapter(task.name), lora_config(self.settings.lora_r)
+        name, config = self.adapter(task.name), lora_config(self.settings.lora_r, self.settings.use_rslora)
         if not isinstance(self.model, PeftModel):
             self.model = get_peft_model(self.model, config, adapter_name=name)
         else:
@@ -52,6 +52,9 @@ class LoraPerTask(Method):
 
     def learning_rate(self, lr: float) -> float:
         return self.settings.lora_lr
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return self.settings.parameter_groups(self.model, lr)
 
     def save(self, folder: Path) -> None:
         self._switch_to(self.learnt[-1])

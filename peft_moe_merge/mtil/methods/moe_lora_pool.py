@@ -8,14 +8,15 @@ from typing import Any
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
+from peft_moe_merge.tuners.moe_lora_merge.optimizer import loraplus_groups
 
 from ..settings import check_at_least, check_positive, setting
-from .base import Settings
+from .lora import LowRankSettings
 from .moe_lora_merge import RoutedByTask
 
 
 @dataclass
-class PoolSettings(Settings):
+class PoolSettings(LowRankSettings):
     """Of the expert pool: what differs from `MoELoraMergeConfig.pool()`."""
 
     experts_per_task: int = setting(
@@ -42,6 +43,7 @@ class PoolSettings(Settings):
             max_experts=self.max_experts,
             r=self.pool_r,
             lora_alpha=float(self.pool_r),
+            use_rslora=self.use_rslora,
         )
 
 
@@ -61,6 +63,9 @@ class MoELoraPool(RoutedByTask):
 
     def learning_rate(self, lr: float) -> float:
         return self.settings.pool_lr
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return loraplus_groups(self.model, lr, self.settings.loraplus_ratio)
 
     def history(self) -> dict[str, Any]:
         # which experts a task takes is no news: all of its own
