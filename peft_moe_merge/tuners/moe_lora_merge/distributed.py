@@ -23,6 +23,18 @@ def all_say(answers: list[bool], device: torch.device) -> list[bool]:
     return yes.bool().tolist()
 
 
+@torch.no_grad()
+def as_in_first_process(tensors: list[Tensor]) -> None:
+    """Overwrite tensors that each process drew for itself by those of the first one. All processes must call.
+
+    Where each holds a part of them there is nothing to agree on.
+    """
+    if several_processes():
+        for tensor in tensors:
+            if not is_sharded(tensor):
+                dist.broadcast(tensor, src=0)
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Tell whether this process holds only a part of the parameter (a `DTensor`, as FSDP makes them)."""
     return hasattr(parameter, "full_tensor")
