@@ -23,16 +23,10 @@ def all_say(answers: list[bool], device: torch.device) -> list[bool]:
     return yes.bool().tolist()
 
 
-@torch.no_grad()
-def as_in_first_process(tensors: list[Tensor]) -> None:
-    """Overwrite tensors that each process drew for itself by those of the first one. All processes must call.
-
-    Where each holds a part of them there is nothing to agree on.
-    """
+def as_in_first_process(tensor: Tensor) -> None:
+    """Overwrite a whole tensor that each process drew for itself by that of the first one. All processes must call."""
     if several_processes():
-        for tensor in tensors:
-            if not is_sharded(tensor):
-                dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=0)
 
 
 def is_sharded(parameter: Tensor) -> bool:

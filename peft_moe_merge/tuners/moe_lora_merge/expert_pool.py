@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import as_in_first_process, gathered, overwrite, several_processes
+from .distributed import gathered, overwrite, several_processes
 from .experts import ExpertBank
 from .pool import STRATEGIES, Merge, choose_merge, choose_room, choose_union, favourites, untouched
 from .routers import RouterBank
@@ -44,9 +44,7 @@ class ExpertPool:
                 )
             self.share_expert_usage()  # while all blocks have one size
             for name in banks:
-                banks[name].grow(growth)
-                for expert in range(len(banks[name]) - growth, len(banks[name])):
-                    as_in_first_process(banks[name].parameters_of(expert))
+                banks[name].grow(growth, agreed=True)
                 routers[name].grow(growth)
                 while reserved and len(free(name)) < config.experts_per_task:
                     self._make_room(banks[name], routers[name])
@@ -176,8 +174,7 @@ class ExpertPool:
         routers.columns.redirect(merge.second, merge.first)
         routers.usage[:, merge.first] += routers.usage[:, merge.second]
         routers.usage[:, merge.second] = 0
-        bank.refresh(merge.second)
-        as_in_first_process(bank.parameters_of(merge.second))
+        bank.refresh(merge.second, agreed=True)
         return [*bank.parameters_of(merge.first), *bank.parameters_of(merge.second)]
 
     def freeze_experts(self, top_k: int, task: str | None = None) -> dict[str, list[int]]:
