@@ -40,6 +40,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
 
 # how the few steps of a task are best used; LoRA+ names its ratio, rsLoRA scales by the root of the rank
 BUDGET: dict[str, list[dict[str, Any]]] = {
+    "moe_lora_pool rate": [{"pool_lr": lr} for lr in RATES],
     f"{name} budget": [
         *({rate: lr, "loraplus_ratio": ratio} for ratio in (4.0, 16.0) for lr in RATES),
         *({rate: lr, "use_rslora": True} for lr in RATES),
@@ -84,7 +85,7 @@ def main() -> None:
                 accuracies.append([])
                 for task in held_out:
                     set_seed(seed)
-                    method = METHODS[name.removesuffix(" budget")](*load_clip(options.model), settings)
+                    method = METHODS[name.partition(" ")[0]](*load_clip(options.model), settings)
                     stream = Stream([task], training, accelerator)
                     stream.train(method, 0, seed, Progress({}))
                     accuracies[-1].append(stream.accuracy(method, task))
