@@ -40,7 +40,6 @@ GRID: dict[str, list[dict[str, Any]]] = {
 
 # how the few steps of a task are best used; LoRA+ names its ratio, rsLoRA scales by the root of the rank
 BUDGET: dict[str, list[dict[str, Any]]] = {
-    "moe_lora_pool rate": [{"pool_lr": lr} for lr in RATES],
     f"{name} budget": [
         *({rate: lr, "loraplus_ratio": ratio} for ratio in (4.0, 16.0) for lr in RATES),
         *({rate: lr, "use_rslora": True} for lr in RATES),
@@ -49,6 +48,7 @@ BUDGET: dict[str, list[dict[str, Any]]] = {
     ]
     for name, rate in (("moe_lora_pool", "pool_lr"), ("lora", "lora_lr"))
 }
+BUDGET["moe_lora_pool rate"] = [{"pool_lr": lr} for lr in RATES]  # in the shape that the preset has
 OF_THE_STREAM = ("lr", "schedule", "warmup_steps")
 
 
