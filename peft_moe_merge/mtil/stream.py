@@ -28,8 +28,9 @@ from .fingerprint import fingerprint
 from .methods.base import Method, Routed
 from .selection import SelectorSettings, StreamSelectors
 from .settings import check_at_least, check_choices, check_positive, setting
+from .sharding import sharded_copy
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+SHARDED_OTHERWISE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass
@@ -99,10 +100,11 @@ class Stream:
 
     def __post_init__(self):
         self.settings = self.settings.for_tasks(self.tasks)
-        if self.accelerator.distributed_type in SHARDED:
+        kind = self.accelerator.distributed_type
+        if kind in SHARDED_OTHERWISE or (kind == DistributedType.FSDP and not self.accelerator.is_fsdp2):
             raise ValueError(
-                f"A stream adds parameters between tasks, so every process needs the whole model; got "
-                f"{self.accelerator.distributed_type}. Launch it data parallel (DDP)."
+                f"A stream adds parameters between tasks, for which models have to be put together; got {kind}. Launch it "
+                "data parallel (DDP), or sharded by FSDP2 (`fsdp_version: 2`)."
             )
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names) or not names:
@@ -226,10 +228,19 @@ class Stream:
             progress: gets the losses, and what the method tells.
             log: takes an optimizer step of the stream and named values.
         """
-        task, settings, accelerator = self.tasks[position], self.settings, self.accelerator
+        task, accelerator = self.tasks[position], self.accelerator
         method.begin_task(task)
         parameters = method.trainable_parameters()
         progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
+        with sharded_copy(method, accelerator):
+            losses = self._optimize(method, position, seed, log)
+            method.end_task()
+        progress.losses.append([round(loss, 6) for loss in losses])
+        progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
+
+    def _optimize(self, method: Method, position: int, seed: int, log: Callable[..., None]) -> list[float]:
+        """Take the steps of a task, and return their losses."""
+        task, settings, accelerator = self.tasks[position], self.settings, self.accelerator
         lr = method.learning_rate(settings.lr_of(position, task))
         optimizer = torch.optim.AdamW(method.parameter_groups(lr), lr=lr, weight_decay=settings.weight_decay)
         schedule = get_scheduler(settings.schedule, optimizer, settings.warmup_steps, settings.steps)
@@ -243,6 +254,7 @@ class Stream:
             num_workers=settings.num_workers,
         )
         model, optimizer, batches = accelerator.prepare(method.model, optimizer, batches)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # sharded ones, if they are now
         model.train()
         losses = []
         bar = tqdm(batches, desc=task.name, disable=not accelerator.is_main_process, leave=False)
@@ -262,9 +274,7 @@ class Stream:
                 log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
-        method.end_task()
-        progress.losses.append([round(loss, 6) for loss in torch.stack(losses).tolist()])
-        progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
+        return torch.stack(losses).tolist()
 
     @torch.no_grad()
     def accuracy(self, method: Method, task: Task) -> float:

@@ -1,0 +1,47 @@
+"""Models that are whole between tasks and in parts while a task trains (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from .methods.base import Method
+
+
+@contextmanager
+def sharded_copy(method: Method, accelerator: Accelerator) -> Iterator[None]:
+    """Under FSDP2, let a copy of the method's model be trained, which may be sharded; its own then gets what that has learnt.
+
+    Tasks add parameters, which a sharded model does not take, and testing and saving want whole models. Meanwhile the whole
+    model waits in the host's memory. Without FSDP there is nothing to do. All processes must call.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        yield
+        return
+    whole = method.model.cpu()
+    method.model = _without_scalars(copy.deepcopy(whole))
+    try:
+        yield
+        state = method.model.state_dict()
+        learnt = {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
+        }
+        own = whole.state_dict()
+        whole.load_state_dict({name: tensor.reshape(own[name].shape).to("cpu") for name, tensor in learnt.items()})
+    finally:
+        method.model = whole
+
+
+def _without_scalars(model: nn.Module) -> nn.Module:
+    """FSDP2 takes no scalars: let each be a vector of one number."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                vector = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
+                setattr(module, name, vector)
+    return model

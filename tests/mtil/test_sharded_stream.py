@@ -1,0 +1,85 @@
+"""A stream under FSDP2, in two real processes over gloo: tasks add parameters between trainings, and it comes to what DDP does.
+
+What DDP does is compared with one process elsewhere; a stream of one crops images otherwise than each of two does.
+"""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from processes import run_together
+from safetensors.torch import load_file
+from test_distributed import sharding_accelerator
+
+from peft_moe_merge.mtil.clip import small_clip
+from peft_moe_merge.mtil.data.suites import load_suite
+from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.stream import Stream, StreamSettings
+
+
+def in_double(method):
+    """In double precision, since AdamW turns the rounding of a gradient near zero into a step of full length."""
+
+    class Double(method):
+        def loss(self, model, batch):
+            return super().loss(model, {**batch, "pixel_values": batch["pixel_values"].double()})
+
+        def image_features(self, pixel_values):
+            return super().image_features(pixel_values.double())
+
+    return Double
+
+
+def learn(way, name, folder, settings):
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = sharding_accelerator() if way == "fsdp" else Accelerator(cpu=True, kwargs_handlers=[handler])
+    tasks = load_suite("digits")
+    prompts = [prompt for task in tasks for prompt in task.prompts(task.templates[0])]
+
+    def build():
+        clip, processor = small_clip(prompts)
+        return in_double(METHODS[name])(clip.double(), processor, MethodSettings(**settings))
+
+    training = StreamSettings(steps=6, batch_size=8, lr=[1e-3], max_grad_norm=0.5)
+    Stream(tasks, training, accelerator).run(build, folder, seed=3, stop_after=2)
+    Stream(tasks, training, accelerator).run(build, folder, seed=3, resume=True)
+    accelerator.end_training()
+
+
+def outcome(folder):
+    (last,) = folder.glob("after_*")
+    progress = json.loads((last / "progress.json").read_text())
+    return progress, {path.name: load_file(path) for path in sorted(last.rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("moe_lora_pool", {"pool_r": 2, "max_experts": 5, "experts_per_task": 2}),
+        pytest.param("lora_per_task", {"lora_r": 2}, marks=pytest.mark.slow),
+        pytest.param("finetune", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sharded_stream_comes_to_what_data_parallel_training_does(name, settings, tmp_path):
+    run_together(2, learn, "ddp", name, tmp_path / "ddp", settings)
+    run_together(2, learn, "fsdp", name, tmp_path / "fsdp", settings)
+    (progress, weights), (expected, plain) = outcome(tmp_path / "fsdp"), outcome(tmp_path / "ddp")
+    assert progress["matrix"] == expected["matrix"] and len(progress["matrix"]) == 3
+    assert progress["trainable_parameters"] == expected["trainable_parameters"], "of whole parameters"
+    assert weights.keys() == plain.keys()
+    for file, tensors in plain.items():
+        assert weights[file].keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(
+                    weights[file][key], tensor, atol=1e-5, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+                )
+
+
+def test_what_can_not_be_put_together_is_refused(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setitem(type(accelerator.state)._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="Launch it data parallel .DDP., or sharded by FSDP2"):
+        Stream(load_suite("digits"), StreamSettings(), accelerator)
