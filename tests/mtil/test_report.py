@@ -121,7 +121,7 @@ def test_the_page_stands_alone(results, tmp_path):
     *pictures, page = write_report(results, tmp_path)
     html = page.read_text()
     assert html.count("data:image/png;base64,") == len(pictures) == 9
-    loads = re.compile(r"""(src|href)\s*=\s*["']?(?!["']?data:)|url\(|@import|<script""")
+    loads = re.compile(r"""(src|href)\s*=\s*["']?(?!["']?(?:data:|#))|url\(|@import|<script""")
     assert not loads.search(html) and loads.search("<img src='//host/a.png'>") and loads.search('<a href="b.css">')
     assert "&lt;cars&gt; &amp; $x$" in html and "<cars>" not in html
     assert "Student&#39;s 95 % over seeds" in html, "the rule is named"

@@ -30,11 +30,6 @@ def since_learnt(matrix: list[list[float]]) -> np.ndarray:
     return change_TT
 
 
-def mean_since_learnt(runs: Runs) -> np.ndarray:
-    """Return the mean of `since_learnt` over a method's runs, `[T, T]`."""
-    return np.mean([since_learnt(run["matrix"]) for run in runs], axis=0)
-
-
 def mean_over_zero_shot(runs: Runs, zero_shot: Runs) -> np.ndarray | None:
     """Tell by how much accuracies exceed those of the untouched CLIP, in the mean over common seeds.
 
