@@ -75,9 +75,9 @@ def test_what_was_forgotten_counts_from_when_it_was_just_learnt(results):
         [-30.0, 2.0],
     ]
     said = forgotten(results, "loses")
-    assert "15.0 points worse than when loses had just learnt them; birds lost most, 30.0 points" in said
+    assert "15.0 points worse than when they were just learnt; birds lost most, 30.0 points" in said
     assert forgotten(results, "keeps").endswith(
-        "as good as when keeps had just learnt them; what one seed lost, others gained."
+        "as good as when they were just learnt; what one seed lost, others gained."
     )
     assert forgotten(only(results, "keeps", seeds=[0])).startswith("keeps forgot nothing: every task")
     better = only(results, "keeps", seeds=[1])
@@ -86,7 +86,7 @@ def test_what_was_forgotten_counts_from_when_it_was_just_learnt(results):
         == "keeps forgot nothing: tasks are at the end 1.5 points better than when they were just learnt."
     )
     mixed = results | {"methods": {"mixed": [run(0, learnt(94.0, 78.0))]}}
-    assert "1.0 points better than when mixed had just learnt them; cars lost most, 2.0 points" in forgotten(mixed)
+    assert "1.0 points better than when they were just learnt; cars lost most, 2.0 points" in forgotten(mixed)
     assert forgotten(results, "zero_shot") == ""
     assert forgotten({"tasks": ["a"], "methods": {"keeps": [run(0, [[1.0]])]}}) == ""
 

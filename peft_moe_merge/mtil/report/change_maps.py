@@ -17,9 +17,9 @@ from .summary import ranking
 LEAST_SCALE = 5.0  # percentage points; less than that does not take the full colour
 CHANGES_NOTE = (
     "Percentage points, means over seeds. Rows: after training a task; columns: the task tested. Blue is gained, orange lost. "
-    "Right of the diagonal tasks are not learnt yet: what changes there is zero-shot ability."
+    "Against zero-shot: right of the diagonal tasks are not learnt yet, and what changes there is zero-shot ability."
 )
-FORGETTING_NOTE = "Left of the diagonal only: what a task lost, or gained, by what was learnt after it."
+FORGETTING_NOTE = "Since it was just learnt: what a task lost, or gained, by what was learnt after it."
 
 
 def change_maps(results: dict[str, Any]) -> list[Fold]:
@@ -63,7 +63,7 @@ def _map(tasks: list[str], title: str, accuracy_TT: np.ndarray, change_TT: np.nd
             for task, tested in enumerate(tasks)
         ]
         known = change_TT[stage][~np.isnan(change_TT[stage])]
-        cells.append(Cell(f"{known.mean():+.1f}" if len(known) else ""))
+        cells.append(Cell(_signed(known.mean()) if len(known) else ""))
         lines.append((of_stage, cells))
     return HeatMap(["after", *tasks, "mean"], lines, title)
 
@@ -71,4 +71,8 @@ def _map(tasks: list[str], title: str, accuracy_TT: np.ndarray, change_TT: np.nd
 def _cell(what: str, accuracy: float, change: float, scale: float) -> Cell:
     if np.isnan(change):
         return Cell("", f"{what}: {accuracy:.1f} %")
-    return Cell(f"{change:+.1f}", f"{what}: {accuracy:.1f} %, was {accuracy - change:.1f} %", change / scale)
+    return Cell(_signed(change), f"{what}: {accuracy:.1f} %, was {accuracy - change:.1f} %", change / scale)
+
+
+def _signed(change: float) -> str:
+    return f"{round(change, 1) or 0.0:+.1f}"  # no -0.0

@@ -102,7 +102,7 @@ def forgotten(results: dict[str, Any], method: str | None = None) -> str:
     if end_ST.min() > -EVEN:
         return f"{method} forgot nothing: tasks are at the end {_points(mean)} better than when they were just learnt."
     change = "as good as" if abs(mean) < EVEN else f"{_points(abs(mean))} {'worse' if mean < 0 else 'better'} than"
-    said = f"In the mean, its tasks are at the end {change} when {method} had just learnt them"
+    said = f"In the mean, {method}'s tasks are at the end {change} when they were just learnt"
     worst = int(end_T.argmin())
     if end_T[worst] > -EVEN:
         return f"{said}; what one seed lost, others gained."
