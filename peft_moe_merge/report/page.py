@@ -1,9 +1,15 @@
-"""A report as one page that needs nothing else: no network, no other file."""
+"""A report as one page that needs nothing else: no network, no other file, no script.
+
+What could be a script's is the browser's own here: contents and links, parts that fold, cells that tell more when pointed
+at. A plotting library would add megabytes to every page, and nothing of it would be left where scripts are off, as in a
+mail or on a page of the Hub.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +23,7 @@ from .tables import Rows
 
 DPI = 144
 SCREEN_DPI = 96  # what a browser takes an inch for
+GAIN, LOSS = (92, 158, 214), (240, 146, 88)  # red, green, blue; dark letters can be read on both
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,81 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Words:
+    """Sentences that readers should see first, one a line."""
+
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a heat map.
+
+    Attributes:
+        text: what stands in it.
+        hover: what is said where a pointer rests on it.
+        weight: -1 ... 1, its colour; None for no colour.
+    """
+
+    text: str
+    hover: str = ""
+    weight: float | None = None
+
+    @property
+    def colour(self) -> str | None:
+        """As CSS writes it: from orange through white to blue, which colour-blind readers can tell apart."""
+        if self.weight is None:
+            return None
+        strength = min(abs(self.weight), 1.0)
+        full = GAIN if self.weight > 0 else LOSS
+        return "#" + "".join(f"{round(255 - strength * (255 - part)):02x}" for part in full)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of coloured numbers.
+
+    Attributes:
+        heading: of the columns; the first is that of the rows' names.
+        lines: the name of each row and its cells.
+        title: what is said above it.
+    """
+
+    heading: list[str]
+    lines: list[tuple[str, list[Cell]]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Parts behind a line that opens them.
+
+    Attributes:
+        title: the line.
+        parts: what it opens.
+        open: whether they show from the beginning.
+    """
+
+    title: str
+    parts: list[Part]
+    open: bool = False
+
+
+Part = TextTable | Picture | Words | HeatMap | Fold | str
+"""What stands on a page; text is a note."""
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it: tables, pictures and, as text, notes."""
+    """A heading and what stands below it."""
 
     heading: str
-    parts: list[TextTable | Picture | str]
+    parts: list[Part]
+
+    @property
+    def anchor(self) -> str:
+        """What links to it say."""
+        return re.sub(r"[^a-z0-9]+", "-", self.heading.lower()).strip("-") or "section"
 
 
 def picture(name: str, figure: Figure, caption: str) -> Picture:

@@ -12,8 +12,10 @@ from rich.console import Console
 from peft_moe_merge.mtil.checkpoint import Progress
 from peft_moe_merge.mtil.data.hub.table import HUB_SETS
 from peft_moe_merge.mtil.report.anchors import anchor_notes
+from peft_moe_merge.mtil.report.change_maps import change_maps
 from peft_moe_merge.mtil.report.html import report_page, write_report
 from peft_moe_merge.mtil.report.pictures import draw_all
+from peft_moe_merge.mtil.report.summary import summary
 from peft_moe_merge.mtil.report.tables import (
     difference_rows,
     equivalence_rows,
@@ -121,12 +123,38 @@ def test_the_page_stands_alone(results, tmp_path):
     *pictures, page = write_report(results, tmp_path)
     html = page.read_text()
     assert html.count("data:image/png;base64,") == len(pictures) == 9
-    loads = re.compile(r"""(src|href)\s*=\s*["']?(?!["']?data:)|url\(|@import|<script""")
+    loads = re.compile(r"""(src|href)\s*=\s*["']?(?!["']?(?:data:|#))|url\(|@import|<script""")
     assert not loads.search(html) and loads.search("<img src='//host/a.png'>") and loads.search('<a href="b.css">')
     assert "&lt;cars&gt; &amp; $x$" in html and "<cars>" not in html
     assert "Student&#39;s 95 % over seeds" in html, "the rule is named"
     for number in ("82.33", "26.5", "moe_adapters", "1,234"):
         assert number in html
+
+
+def test_changes_stand_in_heat_maps(results):
+    first, second = change_maps(results)
+    assert (first.title, first.open, second.title, second.open) == ("moe_lora_merge", True, "moe_adapters", False)
+    gains, losses = first.parts
+    # the shifts 1, 3 and 5 over zero-shot's run with the same seed, in the mean; it trains nothing else here
+    texts = [[cell.text for cell in cells] for _, cells in gains.lines]
+    assert texts == [
+        ["+3.0", "+0.0", "+0.0", "+1.0"],
+        ["+0.0", "+3.0", "+0.0", "+1.0"],
+        ["+0.0", "+0.0", "+3.0", "+1.0"],
+    ]
+    assert gains.lines[1][1][1].hover == "<cars> & $x$ after <cars> & $x$: 93.0 %, was 90.0 %"
+    # birds were 80 + shift, and are 70, then 65; cars were 90 + shift, and are 84
+    texts = [[cell.text for cell in cells] for _, cells in losses.lines]
+    assert texts == [["", "", "", ""], ["-13.0", "", "", "-13.0"], ["-18.0", "-9.0", "", "-13.5"]]
+    assert losses.lines[2][1][0].weight == -1.0 and losses.lines[2][1][1].weight == -0.5, (
+        "the worst is the full colour"
+    )
+    assert gains.lines[0][1][0].weight == 0.6, "five points at least are"
+    alone = results | {"methods": {"moe_adapters": results["methods"]["moe_adapters"]}}
+    assert [part.title for part in change_maps(alone)[0].parts] == ["Since it was just learnt"]
+    assert change_maps(results | {"methods": {"zero_shot": results["methods"]["zero_shot"]}}) == []
+    html = report_page(results, [])
+    assert html.index(summary(results)[0].split(":")[0]) < html.index("<table"), "words come first"
 
 
 def test_results_that_lack_what_is_optional_have_a_report(results, tmp_path):

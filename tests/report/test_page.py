@@ -7,7 +7,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from peft_moe_merge.report.page import Section, TextTable, page, picture, write_report_files
+from peft_moe_merge.report.page import (
+    Cell,
+    Fold,
+    HeatMap,
+    Section,
+    TextTable,
+    Words,
+    page,
+    picture,
+    write_report_files,
+)
 from peft_moe_merge.report.statistics import Estimate
 from peft_moe_merge.report.tables import difference, markdown, print_table, spread
 
@@ -59,6 +69,34 @@ def test_the_page_shows_text_as_it_is():
     (image,) = [attrs for tag, attrs in read.elements if tag == "img"]
     assert image["alt"] == f"caption {NASTY}" and image["src"].startswith("data:image/png;base64,")
     assert image["width"] == "192", "two inches"
+
+
+def test_words_heat_maps_and_what_folds():
+    heat = HeatMap(
+        ["after", NASTY], [(NASTY, [Cell("+1", NASTY, 1.0)]), ("b", [Cell("-9", weight=-3.0)]), ("c", [Cell("")])]
+    )
+    html = page("", "", [Section("One & two", [Words([NASTY]), Fold(NASTY, [Fold("inner", [heat])], open=True)])])
+    read = Reader(html)
+    assert read.cells == ["after", NASTY, NASTY, "+1", "b", "-9", "c", ""]
+    cells = [attrs for tag, attrs in read.elements if tag == "td"]
+    assert cells[0]["title"] == NASTY and cells[2] == {}
+    red, green, blue = (int(cells[0]["style"][-6:][at : at + 2], 16) for at in (0, 2, 4))
+    assert blue > green > red, "gains are blue"
+    red, green, blue = (int(cells[1]["style"][-6:][at : at + 2], 16) for at in (0, 2, 4))
+    assert red > green > blue, "losses are orange, and no colour is beyond the full one"
+    assert Cell("", weight=-1.0).colour == Cell("", weight=-3.0).colour != Cell("", weight=-0.5).colour
+    assert Cell("", weight=0.0).colour == "#ffffff"
+    assert [attrs for tag, attrs in read.elements if tag == "details"] == [{"open": None}, {}]
+    assert html.count("&lt;script&gt;") >= 4 and "<script" not in html
+
+
+def test_contents_lead_to_every_section():
+    sections = [Section(name, ["text"]) for name in ("One & two", "Three", "Four")]
+    read = Reader(page("", "", [*sections, Section("nothing", [])]))
+    links = [attrs["href"] for tag, attrs in read.elements if tag == "a"]
+    assert links == ["#one-two", "#three", "#four"]
+    assert [f"#{attrs['id']}" for tag, attrs in read.elements if tag == "h2"] == links
+    assert "<nav" not in page("", "", sections[:2]), "what fits on a screen needs none"
 
 
 def test_files_are_written_with_the_page_last(tmp_path):

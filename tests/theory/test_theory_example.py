@@ -44,7 +44,7 @@ def test_the_page_holds_all_pictures_and_needs_no_network(written):
     folder, _ = written
     page = (folder / "index.html").read_text()
     assert page.count('src="data:image/png;base64,') == len(list(folder.glob("*.png"))) == page.count("src=")
-    assert "<script" not in page and not re.search(r"""(href|src)=["']?(?!["']?data:)|url\(|@import""", page)
+    assert "<script" not in page and not re.search(r"""(href|src)=["']?(?!["']?(?:data:|#))|url\(|@import""", page)
     assert "Student's 95 % over seeds" in unescape(page), "the rule is named"
 
 

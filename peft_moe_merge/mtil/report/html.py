@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.report.page import Picture, Section, TextTable, page, picture, write_report_files
+from peft_moe_merge.report.page import Fold, Picture, Section, TextTable, Words, page, picture, write_report_files
 from peft_moe_merge.report.statistics import RULE
 
 from .anchors import anchor_notes
+from .change_maps import CHANGES_NOTE, FORGETTING_NOTE, change_maps
 from .pictures import draw_all
+from .summary import summary
 from .tables import (
     BASELINE,
     COMPARED,
@@ -66,13 +68,14 @@ def report_page(
 ) -> str:
     """Compose the page from the results and their pictures."""
     tasks = results["tasks"]
-    summary = [TextTable(summary_rows(results), f"{summary_caption()} {METRICS_CAPTION}")]
+    words = summary(results)
+    numbers = [TextTable(summary_rows(results), f"{summary_caption()} {METRICS_CAPTION}")]
     if rows := difference_rows(results, baseline):
-        summary.append(TextTable(rows, DIFFERENCE_CAPTION))
+        numbers.append(TextTable(rows, DIFFERENCE_CAPTION))
         if margin is not None:
-            summary.append(TextTable(equivalence_rows(results, margin, baseline), EQUIVALENCE_CAPTION))
+            numbers.append(TextTable(equivalence_rows(results, margin, baseline), EQUIVALENCE_CAPTION))
     elif len(results["methods"]) > 1:
-        summary.append(f"{baseline} was not run, so there is no difference to it.")
+        numbers.append(f"{baseline} was not run, so there is no difference to it.")
     selection = []
     if rows := selection_rows(results):
         title = "Right task chosen when all are learnt, percent"
@@ -82,8 +85,9 @@ def report_page(
         for kind, heading in SECTIONS.items()
     ]
     per_task = [TextTable(task_rows(results, metric), title=metric.capitalize()) for metric in COMPARED]
+    maps = change_maps(results)
     matrices = [
-        TextTable(matrix_rows(tasks, runs[0]), title=f"{name}: accuracy matrix")
+        Fold(f"{name}: accuracy matrix", [TextTable(matrix_rows(tasks, runs[0]))])
         for name, runs in results["methods"].items()
         if len(runs) == 1
     ]
@@ -91,7 +95,9 @@ def report_page(
         f"Learning {len(tasks)} tasks in sequence: suite {results['suite']}",
         f"Tasks in order: {', '.join(tasks)}.",
         [
-            Section("Summary", summary),
+            Section("Summary", [Words(words)] if words else []),
+            Section("Methods", numbers),
+            Section("What changed", [CHANGES_NOTE, FORGETTING_NOTE, *maps] if maps else []),
             Section("Choosing the task", selection),
             *drawn,
             Section("Per task", [*per_task, f"Percent. {RULE}", *anchor_notes(results), *matrices]),

@@ -200,6 +200,7 @@ class _Thread(threading.local):
 
     context: RoutingContext | None = None
     residual: Tensor | None = None
+    gates: tuple[Adapters, dict[str, list[Tensor]]] | None = None
 
     def __init__(self):
         self.records: weakref.WeakKeyDictionary[Adapters, Record] = weakref.WeakKeyDictionary()
@@ -230,6 +231,22 @@ def routing(context: RoutingContext | None) -> Iterator[None]:
         yield
     finally:
         _thread.context = before
+
+
+@contextmanager
+def recorded_gates(adapters: Adapters) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect, inside the block, the gates of this thread's calls, see `MoELoraMergeModel.recorded_gates`."""
+    before, gates = _thread.gates, {}
+    _thread.gates = (adapters, gates)
+    try:
+        yield gates
+    finally:
+        _thread.gates = before
+
+
+def gates_asked_for(adapters: Adapters) -> dict[str, list[Tensor]] | None:
+    """Return where this thread collects gates of these adapters' layers; None where nobody asks."""
+    return _thread.gates[1] if _thread.gates is not None and _thread.gates[0] is adapters else None
 
 
 def remember_residual(norm: nn.Module, args: tuple[Tensor, ...]) -> None:

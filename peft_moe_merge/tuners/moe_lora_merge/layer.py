@@ -12,7 +12,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import MoELoraMergeConfig
-from .context import Adapters, Routed, RoutingContext, context_of, forget_residual, remember_residual, residual_of
+from .context import (
+    Adapters,
+    Routed,
+    RoutingContext,
+    context_of,
+    forget_residual,
+    gates_asked_for,
+    remember_residual,
+    residual_of,
+)
 from .distributed import in_backward
 from .experts import ExpertBank
 from .mixture import How, KnownSelection, Selection, add_fixed_mixture
@@ -206,6 +215,9 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             indices_GK, gates_GK = indices_GK[routed.position_N], gates_GK[routed.position_N]
         if self.training:
             self._count(routers, routed, indices_GK, samples // indices_GK.shape[0])
+        if gates_asked_for(self.adapters) is not None:
+            rows_NK = (tensor.expand(samples, -1) for tensor in (indices_GK, gates_GK))
+            self._tell_gates(routers, len(x_BLD), routed.rows_N, *rows_NK)
         if takes_all:
             selection = KnownSelection([routers.experts_of(task) for task in routed.tasks], indices_GK)
         else:
@@ -221,12 +233,33 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         if self.training:
             _count_samples(routers, task, x[..., 0].numel() if by_token else x.shape[0])
         if len(experts) == 1:
+            if gates_asked_for(self.adapters) is not None:
+                ones_B1 = x.new_ones(x[..., 0].numel() if by_token else len(x), 1)
+                self._tell_gates(routers, len(ones_B1), None, torch.tensor([experts], device=x.device), ones_B1)
             return FixedChoice(x, None, experts)
         start = x if by_token or x.ndim == 2 else x.flatten(1, -2)[:, 0]
         gates = routers.logits(start, (task,), noise=noise).softmax(dim=-1)
+        if gates_asked_for(self.adapters) is not None:
+            gates_BK = gates.reshape(-1, len(experts))
+            self._tell_gates(routers, len(gates_BK), None, torch.tensor([experts], device=x.device), gates_BK)
         if not by_token:
             gates = gates.reshape(len(x), *(1,) * (x.ndim - 2), len(experts))
         return FixedChoice(x, gates, experts)
+
+    @torch.compiler.disable  # a list that grows is no part of a graph
+    @torch.no_grad()  # and the backward pass of checkpointing recomputes without it
+    def _tell_gates(
+        self, routers: RouterBank, rows: int, rows_N: Tensor | None, indices_NK: Tensor, gates_NK: Tensor
+    ) -> None:
+        """Spread the gates over all rows and all experts of the block, for who records them in this thread."""
+        if in_backward():
+            return
+        gates_NE = gates_NK.new_zeros(len(gates_NK), routers.num_experts)
+        gates_NE = gates_NE.scatter_add(1, indices_NK.expand_as(gates_NK), gates_NK)
+        gates_BE = (
+            gates_NE if rows_N is None else gates_NE.new_zeros(rows, gates_NE.shape[1]).index_copy(0, rows_N, gates_NE)
+        )
+        gates_asked_for(self.adapters).setdefault(self.block, []).append(gates_BE)
 
     @torch.compiler.disable  # which can't know of the backward pass
     def _count(self, routers: RouterBank, routed: Routed, indices_GK: Tensor, times: int) -> None:

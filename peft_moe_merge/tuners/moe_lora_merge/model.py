@@ -18,7 +18,7 @@ from peft_moe_merge.selection.base import Selector
 from . import bake
 from .clip_forward import RoutedCLIP, RoutedPrompts, make_clips_routable
 from .config import NO_TASK, MoELoraMergeConfig, check_new_task, check_selector
-from .context import Adapters
+from .context import Adapters, recorded_gates
 from .distributed import gathered
 from .expert_pool import ExpertPool
 from .experts import EXPERT_TENSORS, ExpertBank
@@ -343,6 +343,21 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
         For who calls blocks or towers by themselves; a call of the model takes `task_ids` as an argument.
         """
         return self.model.route(task_ids)
+
+    def recorded_gates(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
+        """Show which experts took part in calls inside a `with` block, and with what weights.
+
+            with model.recorded_gates() as gates:
+                model.get_image_features(pixels, task_ids=ids)
+            gates["vision_model.encoder.layers.0.mlp"][0]  # FloatTensor[B, E]
+
+        Returns:
+            A context manager of a dictionary: per block, one `FloatTensor[B, E]` for each of its passes, E the experts of
+            the block; 0 where an expert took no part, and in rows that are routed by no task. Where tokens decide for
+            themselves, each token is a row. A pass without any routed row leaves nothing. Only calls of this thread are
+            recorded, and nothing is kept on the model.
+        """
+        return recorded_gates(self.adapters)
 
     # ---------------------------------------------------------------------------------------------------- deployment
 
