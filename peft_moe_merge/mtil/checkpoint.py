@@ -40,6 +40,8 @@ class Progress:
         losses: per learnt task, the loss of each step.
         history: per learnt task, what the method tells of its training: values by name, see `Method.history`.
         selection: per learnt task, what came of choosing the task by each selector.
+        x_tail: per learnt task, if asked for: who chose the task, how, and accuracies among all classes; selector and decision
+            are None for a method that needs no choice.
         selector_bytes: per selector, how much a task adds to it.
         trainable_parameters: of the largest task.
         stored_bytes: that the method's weights take on disk.
@@ -51,6 +53,7 @@ class Progress:
     losses: list[list[float]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     selection: list[Any] = field(default_factory=list)
+    x_tail: list[list[Any]] = field(default_factory=list)
     selector_bytes: dict[str, int] = field(default_factory=dict)
     trainable_parameters: int = 0
     stored_bytes: int = 0

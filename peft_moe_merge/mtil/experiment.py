@@ -90,11 +90,10 @@ class Experiment:
             raise ValueError(f"Unknown methods {unknown}; there are {list(METHODS)}.")
         self.selection.check(*self.build_clip(), self.tasks[0])
         own = {name: METHODS[name].settings_class.of(self.methods) for name in methods}
-        for name in methods:
-            METHODS[name].check(own[name], self.tasks)
         for seed in seeds:
-            self.stream(seed)
+            stream = self.stream(seed)
             for name in methods:
+                stream.check(METHODS[name], own[name])
                 shaped_by = {**self.fingerprint, **METHODS[name].content(own[name]), "seed": seed}
                 checkpoint.load(run_folder(output_dir, name, seed), shaped_by, resume)
 

@@ -46,6 +46,7 @@ def run_result(seed: int, progress: Progress) -> dict[str, Any]:
             **{name: [] for name in TOLD},
             **history_result(progress),
             "selection": selection_result(progress),
+            "x_tail": x_tail_result(progress),
         }
     )
 
@@ -60,7 +61,7 @@ def selection_result(progress: Progress) -> dict[str, Any]:
     """Sum up what came of choosing tasks by selectors.
 
     Returns:
-        Per selector and decision (`per_image`, `per_batch`, `candidates`) the stream's metrics as if these were a method; per learnt
+        Per selector and decision (`per_image`, `per_batch`, `candidates`, `soft`) the stream's metrics as if these were a method; per learnt
         task the `confusion` (data sets x (tasks + none), counts), `selected_right` (percent per data set) and `auroc`
         of telling tasks not learnt yet from the others; and per selector `bytes_per_task`.
     """
@@ -79,6 +80,20 @@ def selection_result(progress: Progress) -> dict[str, Any]:
                 ],
                 "auroc": [stage["auroc"] for stage in stages],
             }
+    return result
+
+
+def x_tail_result(progress: Progress) -> list[dict[str, Any]]:
+    """Sum up what came of telling images apart among all classes, the task not known.
+
+    Returns:
+        For each way of choosing the task the `selector` and `decision`, None where the method needs no choice, and the
+        stream's metrics of these accuracies.
+    """
+    result = []
+    for of_stages in zip(*progress.x_tail, strict=True):
+        (selector, decision, _), matrix = of_stages[0], [accuracies for _, _, accuracies in of_stages]
+        result.append({"selector": selector, "decision": decision, "matrix": matrix, **stream_metrics(matrix)})
     return result
 
 

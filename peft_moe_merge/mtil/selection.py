@@ -1,10 +1,12 @@
 """What a stream's numbers are when nobody says which task an image is from: selectors, fitted and tested as it goes.
 
-Shapes: B images, F features, T tasks, V variants (selectors x decisions), C classes of a data set, P projection width.
+Shapes: B images, F features, T tasks, V variants (selectors x decisions), R routes (the learnt tasks, then none), C classes
+told apart, P projection width.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +27,22 @@ from peft_moe_merge.selection import (
     Depths,
     FeatureSource,
     ImageFeatures,
+    IncrementalSelector,
     PatchTokens,
     Selector,
     TextSelector,
     decide,
     load_selector,
+    mixture,
     save_selector,
     tasks_of_candidates,
 )
 from peft_moe_merge.selection.features import TOKENS
 
 from .data.batches import Batch, eval_batches
+from .data.label_space import LabelSpace
 from .data.task import Task
-from .methods.base import Method, Routed
+from .methods.base import Routed
 from .settings import check_at_least, check_choices, setting
 
 CLASSES = {"means": "classes"}
@@ -48,8 +53,33 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qda": ("discriminant", {**CLASSES, "shared": (0.0,)}),
 }
 """Selectors with other options than their defaults: by a name of their own, the kind and the options."""
-DECISIONS = ("per_image", "per_batch", "candidates")
-"""`candidates` is per image too, but told which classes are asked about: those of the image's data set."""
+DECISIONS = ("per_image", "per_batch", "candidates", "soft")
+"""`candidates` is per image too, but told which classes are asked about: those of the image's data set. `soft` mixes the
+class probabilities of the likeliest tasks, with selectors that have a posterior."""
+X_TAIL_DECISIONS = ("per_image", "soft", "per_image_own", "soft_own")
+"""Under X-TAIL all classes are candidates: any learnt task may be chosen, and none only while some classes are of none. A
+chosen task tells all classes apart, or by `_own` those of its own alone; plain CLIP always all."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A selector, how it decides, and the protocol that its choice is scored by."""
+
+    selector: str
+    decision: str
+    protocol: str = "mtil"
+
+    @property
+    def soft(self) -> bool:
+        """Whether several routes share an image."""
+        return self.decision.startswith("soft")
+
+    @property
+    def among(self) -> str:
+        """Which classes a route tells apart: the image's "data set"'s, "all" or the route's "own"."""
+        if self.protocol == "mtil":
+            return "data set"
+        return "own" if self.decision.endswith("_own") else "all"
 
 
 @dataclass
@@ -141,17 +171,35 @@ class StreamSelectors:
                 features_BF = method.frozen_features(source, batch["pixel_values"]).float()
                 gathered = accelerator.gather_for_metrics((features_BF, batch["labels"]))
                 kept.append(tuple(tensor.cpu() for tensor in gathered))
-        texts_CP = _class_features(method, task, NONE, accelerator).cpu() if "text" in self.selectors else None
+        texts_CP = None
+        if "text" in self.selectors:
+            texts_CP = RouteTexts(method, LabelSpace.of_task(task), accelerator)[NONE].cpu()
         for selector in self.selectors.values():
             selector.fit(task.name, collected[selector.source], texts_CP)
 
+    def variants(self, x_tail: bool = False) -> list[Variant]:
+        """List what is tried: every selector with every decision that it can make."""
+        by_protocol = {"mtil": DECISIONS, **({"x_tail": X_TAIL_DECISIONS} if x_tail else {})}
+        return [
+            Variant(name, decision, protocol)
+            for protocol, decisions in by_protocol.items()
+            for name, selector in self.selectors.items()
+            for decision in decisions
+            if not decision.startswith("soft") or isinstance(selector, IncrementalSelector)
+        ]
+
     @torch.no_grad()
     def evaluate(
-        self, method: Routed, tasks: list[Task], settings: Any, accelerator: Accelerator
-    ) -> dict[str, dict[str, dict[str, Any]]]:
+        self,
+        method: Routed,
+        tasks: list[Task],
+        settings: Any,
+        accelerator: Accelerator,
+        all_classes: LabelSpace | None = None,
+    ) -> tuple[dict[str, dict[str, dict[str, Any]]], list[list[Any]]]:
         """Test on the test images of all tasks, learnt or not, without being told which task they are from.
 
-        An image is encoded once per router that any selector chooses for it. Per batch, `selector_batch` neighbours
+        An image is encoded once per route that any selector chooses for it. Per batch, `selector_batch` neighbours
         of one data set are decided together, or what is left of them at the end of a batch of the data loader.
 
         Args:
@@ -159,89 +207,119 @@ class StreamSelectors:
             tasks: the stream.
             settings: the stream's, for batch size and workers.
             accelerator: device, precision, processes.
+            all_classes: for X-TAIL: images are told apart among these, too.
 
         Returns:
-            Per selector and decision: `accuracies` in percent per data set, `confusion` (data sets x (tasks + none),
-            counts) and `auroc` of telling images of tasks not learnt yet from the others, None if there are none.
+            MTIL's: per selector and decision `accuracies` in percent per data set, `confusion` (data sets x (tasks + none),
+            counts of the likeliest) and `auroc` of telling images of tasks not learnt yet from the others, None where there
+            are none or nothing is compared with a threshold. X-TAIL's: selector, decision and accuracies of each.
         """
         method.model.to(accelerator.device).eval()
         learnt = len(method.learnt)
-        variants = [(name, decision) for name in self.selectors for decision in DECISIONS]
+        variants = self.variants(all_classes is not None)
         accuracies: list[list[float]] = []
         confusion_JVN = torch.zeros(len(tasks), len(variants), len(tasks) + 1, dtype=torch.int64)
         margins, unknown = [], []
+        known_classes = [known.class_names for known in tasks[:learnt]]
+        asked, among = {}, {}
+        if all_classes is not None:
+            asked["x_tail"] = tasks_of_candidates(all_classes.names, known_classes)
+            among["all"] = RouteTexts(method, all_classes, accelerator)
+            among["own"] = among["all"].of_own_classes()
         for position, task in enumerate(tasks):
             batches = accelerator.prepare(settings.eval_batches(task.test, method.processor.image_processor))
-            classes: dict[int, Tensor] = {}
+            asked["mtil"] = tasks_of_candidates(task.class_names, known_classes)
+            among["data set"] = RouteTexts(method, LabelSpace.of_task(task), accelerator)
             hits = torch.zeros(len(variants))
             total = 0
-            evidence = tasks_of_candidates(task.class_names, [known.class_names for known in tasks[:learnt]])
             for batch in self._bar(batches, f"selecting on {task.name}", accelerator):
-                chosen_BV, margins_BV = self._choose(method, batch["pixel_values"], evidence)
-                right_BV = self._right(method, task, batch, chosen_BV, classes, accelerator)
+                shares_BVR, margins_BV = self._choose(method, batch["pixel_values"], variants, asked)
+                right_BV = self._right(method, task, batch, variants, shares_BVR, among, accelerator)
+                chosen_BV = shares_BVR.argmax(dim=2)
                 chosen_BV, margins_BV, right_BV = accelerator.gather_for_metrics((chosen_BV, margins_BV, right_BV))
                 hits += right_BV.sum(dim=0).cpu()
                 total += len(right_BV)
-                columns_BV = chosen_BV.where(chosen_BV != NONE, len(tasks)).cpu()
+                columns_BV = chosen_BV.where(chosen_BV != learnt, len(tasks)).cpu()
                 confusion_JVN[position] += F.one_hot(columns_BV, len(tasks) + 1).sum(dim=0)
                 margins.append(margins_BV.cpu())
                 unknown += [position >= learnt] * len(margins_BV)
             accuracies.append([100.0 * hit / total for hit in hits.tolist()])
         margins_MV = torch.cat(margins)
         told: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in self.selectors}
-        for variant, (name, decision) in enumerate(variants):
-            told[name][decision] = {
-                "accuracies": [row[variant] for row in accuracies],
-                "confusion": confusion_JVN[:, variant].tolist(),
-                "auroc": (
-                    float(roc_auc_score(unknown, -margins_MV[:, variant]))
-                    if any(unknown) and decision != "candidates"  # these are evidence, not margins
-                    else None
-                ),
+        x_tail: list[list[Any]] = []
+        for column, variant in enumerate(variants):
+            of_variant = [row[column] for row in accuracies]
+            if variant.protocol == "x_tail":
+                x_tail.append([variant.selector, variant.decision, of_variant])
+                continue
+            compared = any(unknown) and variant.decision in ("per_image", "per_batch")
+            told[variant.selector][variant.decision] = {
+                "accuracies": of_variant,
+                "confusion": confusion_JVN[:, column].tolist(),
+                "auroc": float(roc_auc_score(unknown, -margins_MV[:, column])) if compared else None,
             }
-        return told
+        return told, x_tail
 
-    def _choose(self, method: Routed, pixel_values: Tensor, evidence: Candidates) -> tuple[Tensor, Tensor]:
-        """Choose for each image by every variant: task ids and margins, both B x V."""
+    def _choose(
+        self, method: Routed, pixel_values: Tensor, variants: list[Variant], asked: dict[str, Candidates]
+    ) -> tuple[Tensor, Tensor]:
+        """Choose for each image by every variant: the share of each route, B x V x R, and margins, B x V."""
         features = {source: method.frozen_features(source, pixel_values).float() for source in self.sources}
-        chosen, margins = [], []
-        for selector in self.selectors.values():
-            features_BF = features[selector.source]
-            scores_BT, bars_BT = selector.judge(features_BF)
-            groups = [selector.judge(part, len(part)) for part in features_BF.split(self.settings.selector_batch)]
-            together = [decide(*group, per_batch=True) for group in groups]
-            asked = torch.full((len(scores_BT),), NONE, device=scores_BT.device), scores_BT.new_zeros(len(scores_BT))
-            if evidence.allowed:
-                needed_BT = torch.full_like(bars_BT, -torch.inf) if evidence.complete else bars_BT
-                asked = decide(scores_BT, needed_BT, allowed=evidence.allowed)[0], asked[1]
-            for chosen_B, margins_B in (
-                decide(scores_BT, bars_BT),
-                map(torch.cat, zip(*together, strict=True)),
-                asked,
-            ):
-                chosen.append(chosen_B)
-                margins.append(margins_B)
-        return torch.stack(chosen, dim=1), torch.stack(margins, dim=1)
+        routes = len(method.learnt) + 1
+        judged = {name: selector.judge(features[selector.source]) for name, selector in self.selectors.items()}
+        shares, margins = [], []
+        for variant in variants:
+            selector, evidence = self.selectors[variant.selector], asked[variant.protocol]
+            features_BF, (scores_BT, bars_BT) = features[selector.source], judged[variant.selector]
+            if variant.decision == "per_batch":
+                groups = [selector.judge(part, len(part)) for part in features_BF.split(self.settings.selector_batch)]
+                together = [decide(*group, per_batch=True) for group in groups]
+                chosen_B, margins_B = map(torch.cat, zip(*together, strict=True))
+            elif variant.decision == "candidates" or variant.protocol == "x_tail":
+                chosen_B, margins_B = _decide_among(scores_BT, bars_BT, evidence)
+            else:
+                chosen_B, margins_B = decide(scores_BT, bars_BT)
+            if variant.soft:
+                may_be_none = variant.protocol == "mtil" or not evidence.complete
+                shares_BR = mixture(selector.posterior(features_BF, may_be_none=may_be_none))
+            else:
+                shares_BR = F.one_hot(chosen_B.where(chosen_B != NONE, routes - 1), routes).float()
+            shares.append(shares_BR)
+            margins.append(margins_B)
+        return torch.stack(shares, dim=1), torch.stack(margins, dim=1)
 
+    @staticmethod
     def _right(
-        self,
         method: Routed,
         task: Task,
         batch: Batch,
-        chosen_BV: Tensor,
-        classes: dict[int, Tensor],
+        variants: list[Variant],
+        shares_BVR: Tensor,
+        among: dict[str, RouteTexts],
         accelerator: Accelerator,
     ) -> Tensor:
-        """Tell whether the class is right under the router that each variant chose: B x V."""
-        right_BV = torch.zeros_like(chosen_BV, dtype=torch.bool)
-        for router in chosen_BV.unique().tolist():
-            if router not in classes:
-                classes[router] = _class_features(method, task, router, accelerator)
-            rows = (chosen_BV == router).any(dim=1).nonzero().flatten()
+        """Tell whether the class is right that is likeliest under the routes that each variant chose: B x V."""
+        labels_B, scale = batch["labels"], method.model.logit_scale.exp().double()
+        none = shares_BVR.shape[2] - 1
+        right_BV = torch.zeros(shares_BVR.shape[:2], dtype=torch.bool, device=labels_B.device)
+        columns = {of: [c for c, variant in enumerate(variants) if variant.among == of] for of in among}
+        mixed = dict.fromkeys(among, 0.0)
+        for route in (shares_BVR > 0).any(dim=1).any(dim=0).nonzero().flatten().tolist():
+            rows = (shares_BVR[:, :, route] > 0).any(dim=1).nonzero().flatten()
+            router = NONE if route == none else route
+            classes = {of: texts[router] for of, texts in among.items()}
             with accelerator.autocast():
                 features_BP = method.routed_image_features(batch["pixel_values"][rows], torch.full_like(rows, router))
-                hits_B = (features_BP @ classes[router].T).argmax(dim=1) == batch["labels"][rows]
-            right_BV[rows] |= hits_B[:, None] & (chosen_BV[rows] == router)
+                cosines = {of: features_BP @ classes_CP.T for of, classes_CP in classes.items()}
+            for of, cosines_BC in cosines.items():
+                # in float64 equal only where the cosines are: where one route has it all, they decide
+                likely_BC = among[of].narrowed(scale * cosines_BC.double(), router).softmax(dim=1)
+                shares_BV = shares_BVR[rows][:, columns[of], route].double()
+                of_route = likely_BC.new_zeros(len(labels_B), shares_BV.shape[1], likely_BC.shape[1])
+                mixed[of] = mixed[of] + of_route.index_copy(0, rows, shares_BV[:, :, None] * likely_BC[:, None])
+        for of, mixed_BVC in mixed.items():
+            true_B = among[of].space.columns[task.name].to(labels_B.device)[labels_B]
+            right_BV[:, columns[of]] = mixed_BVC.argmax(dim=2) == true_B[:, None]
         return right_BV
 
     @staticmethod
@@ -249,8 +327,39 @@ class StreamSelectors:
         return tqdm(batches, desc=what, disable=not accelerator.is_main_process, leave=False)
 
 
-def _class_features(method: Method, task: Task, router: int, accelerator: Accelerator) -> Tensor:
-    """Encode a data set's classes by a router, or by the model without experts: C x P."""
-    method.set_task(None if router == NONE else method.learnt[router])
-    with accelerator.autocast():
-        return method.class_features(task, accelerator.device)
+def _decide_among(scores_BT: Tensor, bars_BT: Tensor, evidence: Candidates) -> tuple[Tensor, Tensor]:
+    if not evidence.allowed:
+        return torch.full_like(scores_BT[:, 0], NONE, dtype=torch.int64), torch.zeros_like(scores_BT[:, 0])
+    bars_BT = torch.full_like(bars_BT, -torch.inf) if evidence.complete else bars_BT
+    return decide(scores_BT, bars_BT, allowed=evidence.allowed)
+
+
+class RouteTexts:
+    """The classes of a label space as each route encodes them, C x P; each is encoded when it is first asked for."""
+
+    def __init__(self, method: Routed, space: LabelSpace, accelerator: Accelerator):
+        self.method, self.space, self.accelerator = method, space, accelerator
+        self.own_classes = False
+        self._encoded: dict[int, Tensor] = {}
+
+    def of_own_classes(self) -> RouteTexts:
+        """Return the same where a route tells its task's own classes apart and no others."""
+        narrow = copy.copy(self)
+        narrow.own_classes = True
+        return narrow
+
+    def __getitem__(self, router: int) -> Tensor:
+        if router not in self._encoded:
+            self.method.set_task(None if router == NONE else self.method.learnt[router])
+            with self.accelerator.autocast():
+                classes_CP = self.method.encode_classes(self.space.prompts, self.accelerator.device)
+            self._encoded[router] = classes_CP
+        return self._encoded[router]
+
+    def narrowed(self, logits_BC: Tensor, router: int) -> Tensor:
+        """Rule out the classes that a route does not tell apart."""
+        if not self.own_classes or router == NONE:
+            return logits_BC
+        own_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
+        own_C[self.space.columns[self.method.learnt[router]].to(own_C.device)] = True
+        return logits_BC.masked_fill(~own_C, -torch.inf)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BaseImageProcessor, get_scheduler
@@ -23,9 +24,10 @@ from peft_moe_merge.inference import zero_shot
 from . import checkpoint
 from .checkpoint import Progress
 from .data.batches import eval_batches, train_batches
+from .data.label_space import LabelSpace
 from .data.task import Task
 from .fingerprint import fingerprint
-from .methods.base import Method, Routed
+from .methods.base import Method, Routed, is_routed
 from .selection import SelectorSettings, StreamSelectors
 from .settings import check_at_least, check_choices, check_positive, setting
 from .sharding import sharded_copy
@@ -47,9 +49,13 @@ class StreamSettings:
     max_grad_norm: float | None = setting(None, "clip gradients to this norm; default: do not")
     eval_batch_size: int = setting(256, "images per batch and process when testing")
     num_workers: int = setting(0, "processes that decode images")
+    protocol: Literal["mtil", "x_tail"] = setting(
+        "mtil", "x_tail: after MTIL's tests, test among all classes of all tasks too, and nobody names the task"
+    )
 
     def __post_init__(self):
         check_choices(self, "schedule", ("cosine", "linear", "constant_with_warmup"))
+        check_choices(self, "protocol", ("mtil", "x_tail"))
         check_at_least(self, 1, "steps", "batch_size", "eval_batch_size")
         check_at_least(self, 0, "weight_decay", "warmup_steps", "num_workers")
         if self.max_grad_norm is not None:
@@ -118,6 +124,23 @@ class Stream:
                 f"batch_size={self.settings.batch_size} can't be divided among {self.accelerator.num_processes} processes."
             )
 
+    def check(self, method: type[Method], settings: Any) -> None:
+        """Refuse, before anything trains, a method that can't learn these tasks or can't be tested as asked.
+
+        Raises:
+            ValueError: with the reason, and the way out.
+        """
+        method.check(settings, self.tasks)
+        if (
+            self.settings.protocol == "x_tail"
+            and is_routed(method)
+            and not (self.selection and self.selection.selectors)
+        ):
+            raise ValueError(
+                f"Under x_tail nobody names the task, so {method.name} needs a selector to route by: "
+                "`--selectors discriminant`, for example."
+            )
+
     def run(
         self,
         build_method: Callable[[], Method],
@@ -149,7 +172,7 @@ class Stream:
         output_dir = Path(output_dir)
         set_seed(seed)
         method = build_method()
-        method.check(method.settings, self.tasks)
+        self.check(type(method), method.settings)
         selection = self.selection if self.selection and self.selection.selectors else None
         selectors = StreamSelectors(selection) if selection and isinstance(method, Routed) else None
         shaped_by = self.fingerprint
@@ -187,10 +210,15 @@ class Stream:
             self.train(method, position, task_seed, progress, log)
         row = [self.accuracy(method, task) for task in self.tasks]
         progress.matrix.append(row)
+        all_classes = LabelSpace.of_all(self.tasks) if self.settings.protocol == "x_tail" else None
         if selectors is not None:
             selectors.fit(method, self.tasks[position], self.settings, self.accelerator)
-            progress.selection.append(selectors.evaluate(method, self.tasks, self.settings, self.accelerator))
+            told, x_tail = selectors.evaluate(method, self.tasks, self.settings, self.accelerator, all_classes)
+            progress.selection.append(told)
+            progress.x_tail += [x_tail] if all_classes else []
             progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
+        elif all_classes is not None:
+            progress.x_tail.append([[None, None, self.accuracies_among(method, all_classes)]])
         progress.seconds += time.perf_counter() - began
         accuracies = {f"accuracy/{task.name}": value for task, value in zip(self.tasks, row, strict=True)}
         log((position + 1) * self.settings.steps, **accuracies)
@@ -279,13 +307,25 @@ class Stream:
     @torch.no_grad()
     def accuracy(self, method: Method, task: Task) -> float:
         """Test on a task's test images against its own classes. Top-1, in percent."""
-        accelerator = self.accelerator
-        method.model.to(accelerator.device).eval()
+        method.model.to(self.accelerator.device).eval()
         method.prepare_evaluation(task)
-        batches = accelerator.prepare(self.settings.eval_batches(task.test, method.processor.image_processor))
-        with accelerator.autocast():
-            classes_CP = method.class_features(task, accelerator.device)
-            return zero_shot.accuracy(method.image_features, batches, classes_CP, accelerator.gather_for_metrics)
+        with self.accelerator.autocast():
+            return self._accuracy(method, task, method.class_features(task, self.accelerator.device))
+
+    @torch.no_grad()
+    def accuracies_among(self, method: Method, all_classes: LabelSpace) -> list[float]:
+        """Test on all tasks' test images against all classes, by a method that has no routes to choose from."""
+        method.model.to(self.accelerator.device).eval()
+        with self.accelerator.autocast():
+            classes_CP = method.encode_classes(all_classes.prompts, self.accelerator.device)
+            return [self._accuracy(method, task, classes_CP, all_classes.columns[task.name]) for task in self.tasks]
+
+    def _accuracy(self, method: Method, task: Task, classes_CP: Tensor, columns_K: Tensor | None = None) -> float:
+        batches = self.accelerator.prepare(self.settings.eval_batches(task.test, method.processor.image_processor))
+        if columns_K is not None:
+            columns_K = columns_K.to(classes_CP.device)
+            batches = ((batch["pixel_values"], columns_K[batch["labels"]]) for batch in batches)
+        return zero_shot.accuracy(method.image_features, batches, classes_CP, self.accelerator.gather_for_metrics)
 
 
 def run_stream(

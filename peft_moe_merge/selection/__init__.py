@@ -14,6 +14,7 @@ from .features import AlexNetFeatures, Depths, FeatureSource, ImageFeatures, Pat
 from .files import SELECTORS, load_selector, save_selector
 from .gaussian import GaussianSelector
 from .incremental import IncrementalSelector
+from .mixture import mixture
 from .prototypes import PrototypeSelector, TextSelector
 from .ridge import RidgeSelector
 
@@ -36,6 +37,7 @@ __all__ = [
     "TextSelector",
     "decide",
     "load_selector",
+    "mixture",
     "save_selector",
     "tasks_of_candidates",
 ]

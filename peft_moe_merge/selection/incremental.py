@@ -1,21 +1,26 @@
 """Selectors that are made of sums: images in any order and any batches, of any task at any time, to the same result.
 
-Shapes: B images, K images kept for calibration, F features, T tasks.
+Shapes: B images, K images kept for calibration, F features, T tasks, R routes (the tasks, then none of them).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batches, Selector
+from .base import NONE, Batches, Selector
 from .features import FeatureSource
 
 State = dict[str, Tensor]
+
+UNKNOWN = 0.2
+"""How likely an image is of none of the tasks although it reaches the threshold of one."""
 
 
 class IncrementalSelector(Selector):
@@ -36,6 +41,7 @@ class IncrementalSelector(Selector):
         ValueError: for settings out of range.
     """
 
+    temperature: float = 1.0
     kept_names = ("kept", "kept_draws", "kept_labels")
     integer_names = ("kept_labels", "images")
 
@@ -175,16 +181,72 @@ class IncrementalSelector(Selector):
         return self._prepared[device]
 
     @torch.no_grad()
+    def posterior(
+        self,
+        features_BF: Tensor,
+        allowed: Sequence[int] | None = None,
+        may_be_none: bool = True,
+        unknown: float = UNKNOWN,
+    ) -> Tensor:
+        """Return how likely each image is from each task, or from none of them.
+
+        An image that `select` takes for none is of none. Otherwise the tasks have `softmax(temperature * scores)`, with the
+        temperature that fits the images kept best, tasks alike, less the share that is none's.
+
+        Args:
+            features_BF, allowed, may_be_none: see `select`.
+            unknown: how likely an image is of none although it reaches the threshold, in [0, 1). There are no images of
+                no task to learn it from; it is a prior.
+
+        Returns:
+            B x (T + 1), the last for none; rows add up to 1.
+
+        Raises:
+            RuntimeError, ValueError: what `select` raises; `unknown` out of range.
+        """
+        if not 0 <= unknown < 1:
+            raise ValueError(f"`unknown` must lie in [0, 1), got {unknown}.")
+        task_ids_B, scores_BT = self.select(features_BF, allowed, may_be_none)
+        if allowed is not None:
+            ruled_out = [task for task in range(len(self.tasks)) if task not in allowed]
+            scores_BT = scores_BT.index_fill(1, torch.tensor(ruled_out, device=scores_BT.device).long(), -torch.inf)
+        likely_BT = (self.temperature * scores_BT.double()).softmax(dim=1)
+        none_B = (task_ids_B == NONE).double().clamp_min(unknown if may_be_none else 0.0)[:, None]
+        return torch.cat([likely_BT * (1 - none_B), none_B], dim=1)
+
+    @torch.no_grad()
     def _calibrate(self, device: torch.device) -> None:
-        """Set all thresholds from the images kept."""
+        """Set the temperature and all thresholds from the images kept."""
+        scores = [self.decision_function(own["kept"].to(device)) for own in self.own]
+        self.temperature = best_temperature([scores_KT.double().cpu() for scores_KT in scores])
         if self.reject_rate == 0:
             return
-        known = []
-        for position, own in enumerate(self.own):
-            kept_KF = own["kept"].to(device)
-            known.append(self.known(kept_KF, self.decision_function(kept_KF))[:, position].double().cpu())
+        known = [
+            self.known(own["kept"].to(device), scores_KT)[:, position].double().cpu()
+            for position, (own, scores_KT) in enumerate(zip(self.own, scores, strict=True))
+        ]
         for own, known_K in zip(self.own, known, strict=True):
             of = known_K if self.thresholds_by == "task" else torch.cat(known)
             if len(known_K):
                 quantile = of.quantile(self.reject_rate, interpolation="lower")
                 own["threshold"] = torch.stack([quantile, known_K.mean(), known_K.new_tensor(len(known_K))])
+
+
+def best_temperature(scores: Sequence[Tensor]) -> float:
+    """Find what to multiply scores by so that their softmax fits best: least cross-entropy, tasks alike.
+
+    Args:
+        scores: K x T of each task's own images.
+
+    Returns:
+        One of 121 values between 1e-3 and 1e3; 1 where there are no images.
+    """
+    if not any(len(scores_KT) for scores_KT in scores):
+        return 1.0
+    temperatures = torch.logspace(-3, 3, 121, dtype=torch.float64)
+    losses = torch.zeros(len(temperatures), dtype=torch.float64)
+    for task, scores_KT in enumerate(scores):
+        if len(scores_KT):
+            own_K = torch.full((len(scores_KT),), task)
+            losses += torch.stack([F.cross_entropy(temperature * scores_KT, own_K) for temperature in temperatures])
+    return temperatures[losses.argmin()].item()

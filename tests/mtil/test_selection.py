@@ -187,7 +187,7 @@ def test_any_method_with_routers_is_tried(tasks, straight, tmp_path, monkeypatch
     told = run_result(5, progress)
     assert told["blocks"] == [6, 6, 6] and told["merges"] == told["frozen"] == told["usage"] == []
     assert not any(
-        isinstance(METHODS[name](*load_clip(mini_clip_path()), METHOD), Routed) for name in ("lora_per_task", "zscl")
+        isinstance(METHODS[name](*load_clip(mini_clip_path()), METHOD), Routed) for name in ("lora", "zscl")
     )
 
 

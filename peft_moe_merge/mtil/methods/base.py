@@ -46,22 +46,28 @@ class Settings:
 
 @runtime_checkable
 class Routed(Protocol):
-    """A method that has routers, one set per task: it can be tried with selectors that choose the task of an image.
+    """A method that keeps something of its own per task, routers or a LoRA, and so a route of its own through the model:
+    it can be tried with selectors that choose the task of an image.
 
     Attributes:
-        learnt: the tasks that have routers, in order; a task's position is its id, and -1 is the model without them.
+        learnt: the tasks that have routes, in order; a task's position is its id, and -1 is the model without any.
     """
 
     learnt: list[str]
 
     def set_task(self, task: str | None) -> None:
-        """Let a task's routers encode from now on, or None."""
+        """Let a task's route encode from now on, or the model without any."""
 
     def frozen_features(self, source: FeatureSource, pixel_values: Tensor) -> Tensor:
         """Compute what selectors look at: B x F."""
 
     def routed_image_features(self, pixel_values: Tensor, task_ids: Tensor) -> Tensor:
-        """Encode each image by the routers of its task, an id per image: B x P, of unit length."""
+        """Encode each image by the route of its task, an id per image: B x P, of unit length."""
+
+
+def is_routed(method: type[Method]) -> bool:
+    """Tell whether the instances of a class will be [`Routed`]."""
+    return callable(getattr(method, "routed_image_features", None))
 
 
 class Method(ABC):
@@ -147,7 +153,10 @@ class Method(ABC):
 
         The stream calls it once per evaluation of a task.
         """
-        prompts = prompts_of(task.class_names, task.templates)
+        return self.encode_classes(prompts_of(task.class_names, task.templates), device)
+
+    def encode_classes(self, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
+        """Encode classes of any tasks by what encodes at the moment, each the mean over its prompts: C x P, unit length."""
         return class_features(self.model, self.processor.tokenizer, prompts, device=device)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -1,12 +1,18 @@
 """One LoRA per task, chosen by hand: the ceiling."""
 
+# B images, F features, P projection width
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from peft_moe_merge.selection import NONE, FeatureSource
 
 from ..data.task import Task
 from .base import Method
@@ -16,7 +22,12 @@ from .lora import LoraSettings, lora_config
 class LoraPerTask(Method):
     """A fresh LoRA learns each task from plain CLIP. At test time the true task is known and takes its own.
 
-    No task can disturb another, so nothing is forgotten and nothing is gained; a task not learnt yet gets plain CLIP.
+    No task can disturb another, so nothing is forgotten and nothing is gained; a task not learnt yet gets plain CLIP. With
+    selectors these choose whose LoRA an image takes, as they choose routers.
+
+    Attributes:
+        learnt: the tasks so far.
+        current: the task whose LoRA encodes; None for plain CLIP.
     """
 
     name = "lora_per_task"
@@ -25,6 +36,7 @@ class LoraPerTask(Method):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.learnt: list[str] = []
+        self.current: str | None = None
 
     def adapter(self, task: str) -> str:
         """Name a task's adapter: by position, since PEFT allows no dot in a name."""
@@ -38,17 +50,31 @@ class LoraPerTask(Method):
             self.model = get_peft_model(self.model, config, adapter_name=name)
         else:
             self.model.add_adapter(name, config)
-        self._switch_to(task.name)
+        self.set_task(task.name)
 
     def prepare_evaluation(self, task: Task) -> None:
-        self._switch_to(task.name)
+        self.set_task(task.name if task.name in self.learnt else None)
 
-    def _switch_to(self, task: str) -> None:
-        if task in self.learnt:
+    def set_task(self, task: str | None) -> None:
+        if task is None:
+            self.model.base_model.disable_adapter_layers()
+        else:
             self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(self.adapter(task))
-        else:
-            self.model.base_model.disable_adapter_layers()
+        self.current = task
+
+    def frozen_features(self, source: FeatureSource, pixel_values: Tensor) -> Tensor:
+        with self.model.disable_adapter():
+            return source(self.model.get_base_model(), pixel_values)
+
+    def routed_image_features(self, pixel_values: Tensor, task_ids: Tensor) -> Tensor:
+        before, found = self.current, {}
+        for task in task_ids.unique().tolist():
+            self.set_task(None if task == NONE else self.learnt[task])
+            rows = (task_ids == task).nonzero().flatten()
+            found |= zip(rows.tolist(), self.image_features(pixel_values[rows]), strict=True)
+        self.set_task(before)
+        return torch.stack([found[row] for row in range(len(task_ids))])
 
     def learning_rate(self, lr: float) -> float:
         return self.settings.lora_lr
@@ -57,7 +83,7 @@ class LoraPerTask(Method):
         return self.settings.parameter_groups(self.model, lr)
 
     def save(self, folder: Path) -> None:
-        self._switch_to(self.learnt[-1])
+        self.set_task(self.learnt[-1])
         self.model.save_pretrained(folder)  # each adapter in a folder of its own
         (folder / "learnt.json").write_text(json.dumps(self.learnt))
 
@@ -67,3 +93,4 @@ class LoraPerTask(Method):
         self.model = PeftModel.from_pretrained(self.model, folder / first, adapter_name=first)
         for name in others:
             self.model.load_adapter(folder / name, name)
+        self.current = self.learnt[0]

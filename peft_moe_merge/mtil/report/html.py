@@ -18,6 +18,7 @@ from .tables import (
     DIFFERENCE_CAPTION,
     EQUIVALENCE_CAPTION,
     SELECTION_CAPTION,
+    X_TAIL_CAPTION,
     difference_rows,
     equivalence_rows,
     matrix_rows,
@@ -26,6 +27,7 @@ from .tables import (
     summary_caption,
     summary_rows,
     task_rows,
+    x_tail_rows,
 )
 
 METRICS_CAPTION = (
@@ -99,6 +101,7 @@ def report_page(
             Section("Methods", numbers),
             Section("What changed", [CHANGES_NOTE, FORGETTING_NOTE, *maps] if maps else []),
             Section("Choosing the task", selection),
+            Section("X-TAIL", [TextTable(rows, X_TAIL_CAPTION)] if (rows := x_tail_rows(results)) else []),
             *drawn,
             Section("Per task", [*per_task, f"Percent. {RULE}", *anchor_notes(results), *matrices]),
             *(_facts(results, heading) for heading in ("settings", "versions")),

@@ -18,14 +18,23 @@ BASELINE = "moe_adapters"
 """The method that the others are compared with, unless another is named."""
 
 COMPARED = METRICS[:3]  # what the paper's tables show
-DECISIONS = ("per_image", "per_batch", "candidates")
+DECISIONS = ("per_image", "per_batch", "candidates", "soft")
 SELECTION_CAPTION = (
     "Nobody names the task: a selector chooses it, or none of them, which is plain CLIP. Δ Last: to the true task. "
     "right: the image's task, or none if it is not learnt yet, over all data sets and stages. AUROC: telling images of "
     "tasks not learnt yet from the others, mean over stages. Deciding a batch of one data set together is far easier "
     f"than deciding image by image. {RULE}"
 )
-
+X_TAIL_CAPTION = (
+    "X-TAIL: an image is told apart among the classes of all tasks, learnt or not, each name once; nobody names its task. A "
+    f"task that was chosen tells all classes apart, or its own alone; CLIP without experts always all. {RULE}"
+)
+X_TAIL_LABELS = {
+    "per_image": "one task, all classes",
+    "soft": "likely tasks mixed, all classes",
+    "per_image_own": "one task, its classes",
+    "soft_own": "likely tasks mixed, their classes",
+}
 
 DIFFERENCE_CAPTION = (
     "Percentage points, mean over common seeds of the differences seed by seed, with Student's 95 % interval."
@@ -174,6 +183,20 @@ def _selection_row(runs: list[dict[str, Any]], selector: str, decision: str) -> 
     ]
 
 
+def x_tail_rows(results: dict[str, Any]) -> Rows:
+    """Lay out one row per method, selector and decision: the metrics of X-TAIL. Empty if no run has any."""
+    rows = [["method", "task chosen by", "decided", *map(str.capitalize, COMPARED)]]
+    for method, runs in results["methods"].items():
+        found: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
+        for run in runs:
+            for told in run.get("x_tail") or []:
+                found.setdefault((told["selector"], told["decision"]), []).append(told)
+        for (selector, decision), of_seeds in found.items():
+            how = ["nobody", "all classes"] if selector is None else [selector, X_TAIL_LABELS.get(decision, decision)]
+            rows.append([method, *how, *(spread(over_seeds(of_seeds, metric), 2) for metric in COMPARED)])
+    return rows if len(rows) > 1 else []
+
+
 def selected_rows(results: dict[str, Any]) -> Rows:
     """Lay out, per selector and decision, how many percent of each task's images got their task when all are learnt."""
     rows = [["method", "task chosen by", "decided", *results["tasks"], "mean"]]
@@ -200,6 +223,8 @@ def decision_label(results: dict[str, Any], decision: str) -> str:
         return "per image"
     if decision == "candidates":
         return "per image, the data set's classes given"
+    if decision == "soft":
+        return "likely tasks mixed"
     return f"per batch of {(results.get('settings') or {}).get('selector_batch', '?')}"
 
 
@@ -229,6 +254,8 @@ def print_results(
             console, selected_rows(results), "Right task chosen when all are learnt", "in % of a task's images"
         )
         print_table(console, rows, "Choosing the task", SELECTION_CAPTION)
+    if rows := x_tail_rows(results):
+        print_table(console, rows, "X-TAIL", X_TAIL_CAPTION)
     for note in anchor_notes(results):
         console.print(Text(note))
     print_table(console, summary_rows(results), f"suite {results['suite']}", summary_caption())
