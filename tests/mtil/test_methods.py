@@ -1,5 +1,7 @@
 """Every method over a short stream, and what sets each apart."""
 
+# ruff: noqa: F401, F811 -- fixtures are imported
+
 import copy
 import functools
 import json
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from small_methods import SETTINGS, disturb, logits_of, make, run, some_batch, tasks
 
-from peft_moe_merge.mtil.clip import load_clip, small_clip
-from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.reference import load_reference
 from peft_moe_merge.mtil.data.suites import load_suite
@@ -24,17 +26,6 @@ from peft_moe_merge.mtil.methods.distillation import distillation_loss
 from peft_moe_merge.mtil.methods.herding import herd
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
-SETTINGS = MethodSettings(
-    num_experts=6,
-    r=4,
-    top_k=2,
-    merge_every=2,
-    lora_r=4,
-    full_lr=1e-3,
-    extra_batch_size=8,
-    average_every=2,
-    exemplars=20,
-)
 NAMES = {
     "zero_shot",
     "finetune",
@@ -48,43 +39,11 @@ NAMES = {
     "moe_adapters",
     "moe_lora_merge",
     "moe_lora_pool",
+    "o_lora",
+    "lora_soup",
+    "magmax",
 }
 TRAINED = sorted(NAMES - {"zero_shot"})
-
-
-@pytest.fixture(scope="module")
-def tasks():
-    return [
-        replace(task, train=task.train.select(range(96)), test=task.test.select(range(48)))
-        for task in load_digit_tasks()
-    ]
-
-
-@pytest.fixture(scope="module")
-def make(tasks):
-    clip, processor = small_clip([prompt for task in tasks for prompt in task.prompts(task.templates[0])])
-
-    def method(name, settings=SETTINGS):
-        return METHODS[name](copy.deepcopy(clip), processor, settings)
-
-    return method
-
-
-@pytest.fixture
-def run(tasks, make, tmp_path):
-    def stream(name, *, folder=None, steps=3, lr=3e-3, settings=SETTINGS, count=3, **kwargs):
-        training = StreamSettings(steps=steps, batch_size=16, lr=[lr])
-        return run_stream(
-            tasks[:count],
-            lambda: make(name, settings),
-            training,
-            tmp_path / (folder or name),
-            Accelerator(cpu=True),
-            seed=7,
-            **kwargs,
-        )
-
-    return stream
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +68,6 @@ def learn(tmp_path_factory):
     return matrix
 
 
-def some_batch(size=6, classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
-        "labels": torch.randint(classes, (size,), generator=generator),
-    }
-
-
-def disturb(model, seed=3):
-    """Move all weights, as training does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "logit_scale" not in name:
-                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-
-
 def reference_distillation(student, teacher, temperature=2.0):
     """Row by row, term by term."""
     total = 0.0
@@ -138,11 +80,6 @@ def reference_distillation(student, teacher, temperature=2.0):
     return temperature**2 * total / len(student)
 
 
-def logits_of(method, model, pixels, texts):
-    with torch.no_grad():
-        return model(pixel_values=pixels, **method.tokenize(texts)).logits_per_image
-
-
 # all of them ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +89,9 @@ def test_the_registry_has_all_names():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
-    count = 3 if name == "lora_per_task" else 2  # there, two adapters have to come back
+    count = (
+        3 if name in ("lora_per_task", "o_lora", "lora_soup", "magmax") else 2
+    )  # there, two adapters have to come back
     straight = run(name, count=count)
     assert [len(row) for row in straight.matrix] == [count] * count
     assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
@@ -177,7 +116,9 @@ def test_learning_rate(name, make):
     settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5)
     expected = dict.fromkeys(METHODS, 2e-5)
     expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot"), 4e-3)
-    expected |= dict.fromkeys(("lora", "lora_per_task"), 3e-5) | {"moe_lora_pool": 5e-5}
+    expected |= dict.fromkeys(("lora", "lora_per_task", "o_lora", "lora_soup", "magmax"), 3e-5) | {
+        "moe_lora_pool": 5e-5
+    }
     assert make(name, settings).learning_rate(4e-3) == expected[name]
 
 
