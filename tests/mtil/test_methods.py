@@ -24,6 +24,7 @@ from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.methods.distillation import distillation_loss
 from peft_moe_merge.mtil.methods.herding import herd
+from peft_moe_merge.mtil.methods.kept_images import normalized
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 NAMES = {
@@ -42,6 +43,7 @@ NAMES = {
     "o_lora",
     "lora_soup",
     "magmax",
+    "der_pp",
 }
 TRAINED = sorted(NAMES - {"zero_shot"})
 
@@ -122,7 +124,7 @@ def test_learning_rate(name, make):
     assert make(name, settings).learning_rate(4e-3) == expected[name]
 
 
-@pytest.mark.parametrize("name", ["finetune", "wise_ft", "lwf", "lwf_vr", "zscl", "icarl"])
+@pytest.mark.parametrize("name", ["finetune", "wise_ft", "lwf", "lwf_vr", "zscl", "icarl", "der_pp"])
 def test_methods_of_all_weights(name, make, tasks, tmp_path):
     method = make(name)
     scale = method.model.logit_scale.item()
@@ -142,7 +144,7 @@ def test_methods_of_all_weights(name, make, tasks, tmp_path):
 def test_all_methods_see_the_same_images(run, monkeypatch):
     """Also those that draw random sentences, reference images or exemplars beside them."""
     seen = {}
-    for name in ("finetune", "lwf_vr", "zscl", "icarl"):
+    for name in ("finetune", "lwf_vr", "zscl", "icarl", "der_pp"):
         pixels = seen.setdefault(name, [])
         loss = METHODS[name].loss
 
@@ -423,7 +425,7 @@ def test_icarl_keeps_a_fixed_number_and_replays_them(make, tasks):
     assert method.classes_N.tolist() == sorted([0, 1, 2, 3] * 5)
     assert method.pixels_N3HW.dtype == torch.uint8
     for label, (pixels, of_class) in features.items():
-        own = method.normalized(method.pixels_N3HW[method.classes_N == label])
+        own = normalized(method.pixels_N3HW[method.classes_N == label], method.processor.image_processor)
         torch.testing.assert_close(own, pixels[herd(of_class, 5)])
 
     first = method.pixels_N3HW
@@ -433,7 +435,8 @@ def test_icarl_keeps_a_fixed_number_and_replays_them(make, tasks):
     draws = copy.deepcopy(method.generator)
     loss = method.loss(method.model, batch)
     rows = torch.randperm(20, generator=draws)[:8]
-    replayed, labels = method.normalized(method.pixels_N3HW[rows]), method.classes_N[rows]
+    replayed = normalized(method.pixels_N3HW[rows], method.processor.image_processor)
+    labels = method.classes_N[rows]
     old, new = (task.prompts(task.templates[0]) for task in tasks[:2])
     everything = torch.cat([batch["pixel_values"], replayed])
     student, teacher = (logits_of(method, model, everything, old) for model in (method.model, before))
