@@ -22,6 +22,7 @@ SETTINGS = MethodSettings(
     extra_batch_size=8,
     average_every=2,
     exemplars=20,
+    rail_features=96,
 )
 
 

@@ -181,8 +181,7 @@ class Stream:
 
         task_seed = seed + 1_000_003 * (position + 1)
         set_seed(task_seed)
-        if method.trains:
-            self.train(method, position, task_seed, progress, log)
+        self.train(method, position, task_seed, progress, log)
         row = [self.accuracy(method, task) for task in self.tasks]
         progress.matrix.append(row)
         if selectors is not None:
@@ -227,9 +226,15 @@ class Stream:
             log: takes an optimizer step of the stream and named values.
         """
         task, settings, accelerator = self.tasks[position], self.settings, self.accelerator
-        method.begin_task(task)
+        if method.trains:
+            method.begin_task(task)
+        else:
+            method.model.to(accelerator.device).eval()
+            method.learn(task)
         parameters = method.trainable_parameters()
         progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
+        if not method.trains:
+            return
         lr = method.learning_rate(settings.lr_of(position, task))
         optimizer = torch.optim.AdamW(method.parameter_groups(lr), lr=lr, weight_decay=settings.weight_decay)
         schedule = get_scheduler(settings.schedule, optimizer, settings.warmup_steps, settings.steps)

@@ -44,6 +44,7 @@ NAMES = {
     "lora_soup",
     "magmax",
     "der_pp",
+    "rail",
 }
 TRAINED = sorted(NAMES - {"zero_shot"})
 
@@ -96,6 +97,7 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
     )  # there, two adapters have to come back
     straight = run(name, count=count)
     assert [len(row) for row in straight.matrix] == [count] * count
+    assert len(straight.losses) == (count if METHODS[name].trains else 0)
     assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
     assert straight.trainable_parameters > 0 and straight.stored_bytes > 0
 
@@ -117,7 +119,7 @@ def test_learning_rate(name, make):
     """Shared experts train at the stream's rate, LoRAs, pools and whole CLIPs at their own."""
     settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5)
     expected = dict.fromkeys(METHODS, 2e-5)
-    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot"), 4e-3)
+    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot", "rail"), 4e-3)
     expected |= dict.fromkeys(("lora", "lora_per_task", "o_lora", "lora_soup", "magmax"), 3e-5) | {
         "moe_lora_pool": 5e-5
     }
