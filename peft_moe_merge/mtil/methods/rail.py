@@ -28,7 +28,7 @@ class RailSettings(Settings):
     rail_features: int = setting(
         1024, "rail: random features; their Gram matrix takes 8 bytes times the square of this"
     )
-    rail_ridge: float = setting(0.1, "rail: regularization")
+    rail_ridge: float = setting(0.01, "rail: regularization")
     rail_fusion: float = setting(0.8, "rail: share of the regression in its mean with CLIP's own choice")
 
     def __post_init__(self):
