@@ -31,7 +31,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "moe_adapters": [{"lr": lr} for lr in (5e-3, 1e-2, 2e-2, 4e-2)],
     "lora": [{"lora_lr": lr} for lr in (2.5e-3, 5e-3, 1e-2)],
     "finetune": [{"full_lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
-    "inflora": [{"inflora_lr": lr} for lr in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)],
+    "inflora": [{"inflora_lr": lr} for lr in (3e-4, 6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2)],
     "rail": [{"rail_ridge": ridge} for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0)],
     "coda_prompt": [{"coda_lr": lr} for lr in (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)],
     "moe_lora_pool": [
