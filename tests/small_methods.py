@@ -23,6 +23,7 @@ SETTINGS = MethodSettings(
     average_every=2,
     exemplars=20,
     rail_features=96,
+    sema_threshold=-1e9,  # everything is new
 )
 
 

@@ -216,7 +216,7 @@ class Stream:
         progress: Progress,
         log: Callable[..., None] = lambda step, **values: None,
     ) -> None:
-        """Let a method learn one task, and note in `progress` how that went.
+        """Let a method learn one task, and note in `progress` how that went. One that has nothing to train takes no steps.
 
         Args:
             method: the learner.
@@ -225,16 +225,31 @@ class Stream:
             progress: gets the losses, and what the method tells.
             log: takes an optimizer step of the stream and named values.
         """
-        task, settings, accelerator = self.tasks[position], self.settings, self.accelerator
+        task = self.tasks[position]
         if method.trains:
             method.begin_task(task)
         else:
-            method.model.to(accelerator.device).eval()
+            method.model.to(self.accelerator.device).eval()
             method.learn(task)
         parameters = method.trainable_parameters()
         progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
         if not method.trains:
             return
+        losses = self._optimize(method, position, seed, parameters, log) if parameters else []
+        method.end_task()
+        progress.losses.append(losses)
+        progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
+
+    def _optimize(
+        self,
+        method: Method,
+        position: int,
+        seed: int,
+        parameters: list[torch.nn.Parameter],
+        log: Callable[..., None],
+    ) -> list[float]:
+        """Take a task's optimizer steps: the loss of each."""
+        task, settings, accelerator = self.tasks[position], self.settings, self.accelerator
         lr = method.learning_rate(settings.lr_of(position, task))
         optimizer = torch.optim.AdamW(method.parameter_groups(lr), lr=lr, weight_decay=settings.weight_decay)
         schedule = get_scheduler(settings.schedule, optimizer, settings.warmup_steps, settings.steps)
@@ -267,9 +282,7 @@ class Stream:
                 log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
-        method.end_task()
-        progress.losses.append([round(loss, 6) for loss in torch.stack(losses).tolist()])
-        progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
+        return [round(loss, 6) for loss in torch.stack(losses).tolist()]
 
     @torch.no_grad()
     def accuracy(self, method: Method, task: Task) -> float:

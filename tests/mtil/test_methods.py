@@ -47,6 +47,7 @@ NAMES = {
     "rail",
     "inflora",
     "coda_prompt",
+    "sema",
 }
 TRAINED = sorted(NAMES - {"zero_shot"})
 
@@ -95,7 +96,7 @@ def test_the_registry_has_all_names():
 @pytest.mark.parametrize("name", TRAINED)
 def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
     count = (
-        3 if name in ("lora_per_task", "o_lora", "lora_soup", "magmax", "inflora", "coda_prompt") else 2
+        3 if name in ("lora_per_task", "o_lora", "lora_soup", "magmax", "inflora", "coda_prompt", "sema") else 2
     )  # there, two adapters have to come back
     straight = run(name, count=count)
     assert [len(row) for row in straight.matrix] == [count] * count
@@ -119,13 +120,14 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_learning_rate(name, make):
     """Shared experts train at the stream's rate, LoRAs, pools and whole CLIPs at their own."""
-    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5, inflora_lr=6e-5, coda_lr=7e-5)
+    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5, inflora_lr=6e-5, coda_lr=7e-5, sema_lr=8e-5)
     expected = dict.fromkeys(METHODS, 2e-5)
     expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot", "rail"), 4e-3)
     expected |= dict.fromkeys(("lora", "lora_per_task", "o_lora", "lora_soup", "magmax"), 3e-5) | {
         "moe_lora_pool": 5e-5,
         "inflora": 6e-5,
         "coda_prompt": 7e-5,
+        "sema": 8e-5,
     }
     assert make(name, settings).learning_rate(4e-3) == expected[name]
 
