@@ -53,6 +53,7 @@ BUDGET: dict[str, list[dict[str, Any]]] = {
     ]
     for name, rate in (("moe_lora_pool", "pool_lr"), ("lora", "lora_lr"))
 }
+BUDGET["moe_lora_pool rate"] = [{"pool_lr": lr} for lr in RATES]  # in the shape that the preset has
 OF_THE_STREAM = ("lr", "schedule", "warmup_steps")
 
 
@@ -89,7 +90,7 @@ def main() -> None:
                 accuracies.append([])
                 for task in held_out:
                     set_seed(seed)
-                    method = METHODS[name.removesuffix(" budget")](*load_clip(options.model), settings)
+                    method = METHODS[name.partition(" ")[0]](*load_clip(options.model), settings)
                     stream = Stream([task], training, accelerator)
                     stream.train(method, 0, seed, Progress({}))
                     accuracies[-1].append(stream.accuracy(method, task))

@@ -14,6 +14,8 @@ import torch
 from hub.loopback import LoopbackHub
 from transformers import CLIPConfig, CLIPModel
 
+pytest_plugins = ["experiments"]  # fixtures of several tests
+
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

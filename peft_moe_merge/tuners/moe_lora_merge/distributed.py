@@ -23,6 +23,12 @@ def all_say(answers: list[bool], device: torch.device) -> list[bool]:
     return yes.bool().tolist()
 
 
+def as_in_first_process(tensor: Tensor) -> None:
+    """Overwrite a whole tensor that each process drew for itself by that of the first one. All processes must call."""
+    if several_processes():
+        dist.broadcast(tensor, src=0)
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Tell whether this process holds only a part of the parameter (a `DTensor`, as FSDP makes them)."""
     return hasattr(parameter, "full_tensor")

@@ -44,7 +44,7 @@ class ExpertPool:
                 )
             self.share_expert_usage()  # while all blocks have one size
             for name in banks:
-                banks[name].grow(growth)
+                banks[name].grow(growth, agreed=True)
                 routers[name].grow(growth)
                 while reserved and len(free(name)) < config.experts_per_task:
                     self._make_room(banks[name], routers[name])
@@ -174,7 +174,7 @@ class ExpertPool:
         routers.columns.redirect(merge.second, merge.first)
         routers.usage[:, merge.first] += routers.usage[:, merge.second]
         routers.usage[:, merge.second] = 0
-        bank.refresh(merge.second)
+        bank.refresh(merge.second, agreed=True)
         return [*bank.parameters_of(merge.first), *bank.parameters_of(merge.second)]
 
     def freeze_experts(self, top_k: int, task: str | None = None) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import MoELoraMergeConfig
-from .distributed import ZeroGradients, gathered, is_sharded
+from .distributed import ZeroGradients, as_in_first_process, gathered, is_sharded, overwrite
 from .mixture import ACTIVATIONS, Experts, How, KnownSelection, Selection, joined, mixture, token_mixture
 from .pool import Expert
 from .routing_losses import displacement
@@ -55,8 +55,8 @@ class ExpertBank(nn.Module):
         """Return E."""
         return len(self.down_weight)
 
-    def grow(self, experts: int) -> None:
-        """Add so many fresh experts.
+    def grow(self, experts: int, agreed: bool = False) -> None:
+        """Add so many fresh experts, `agreed` upon as in `refresh`.
 
         Raises:
             RuntimeError: the others are sharded.
@@ -72,15 +72,24 @@ class ExpertBank(nn.Module):
                 tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
                 getattr(self, name).append(nn.Parameter(tensor))
             self.frozen = torch.cat([self.frozen, self.frozen.new_zeros(1)])
-            self.refresh(len(self) - 1)
+            self.refresh(len(self) - 1, agreed)
 
     @torch.no_grad()
-    def refresh(self, expert: int) -> None:
-        """Make an expert as new: it adds nothing, and may learn."""
-        tensors = {name: getattr(self, name)[expert] for name in self.shapes}
+    def refresh(self, expert: int, agreed: bool = False) -> None:
+        """Make an expert as new: it adds nothing, and may learn.
+
+        Args:
+            expert: which one.
+            agreed: it is the same in all processes, which all must call.
+        """
         self.frozen[expert] = False
-        if tensors["down_weight"].is_meta:
+        parameters = self.parameters_of(expert)
+        if parameters[0].is_meta:
             return
+        like = parameters[0]
+        tensors = {
+            name: torch.empty(shape, dtype=like.dtype, device=like.device) for name, shape in self.shapes.items()
+        }
         nn.init.kaiming_uniform_(tensors["down_weight"], a=math.sqrt(5))
         if self.init_weights:
             nn.init.zeros_(tensors["up_weight"])
@@ -89,6 +98,10 @@ class ExpertBank(nn.Module):
         for name in ("down_bias", "up_bias"):
             if name in tensors:
                 nn.init.zeros_(tensors[name])
+        for parameter, tensor in zip(parameters, tensors.values(), strict=True):
+            if agreed:
+                as_in_first_process(tensor)
+            overwrite(parameter, tensor)
 
     def parameters_of(self, expert: int) -> list[nn.Parameter]:
         """Return one expert's parameters."""

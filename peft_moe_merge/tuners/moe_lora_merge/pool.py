@@ -186,7 +186,8 @@ def product(first: Expert, second: Expert, share: float = 0.5) -> Expert:
 
     The update is of rank 2 R at most: QR decompositions of the stacked factors leave a matrix of 2R x 2R, whose singular
     value decomposition is cut at R (Eckart and Young). Unlike a mean of factors it depends on the updates alone, not on
-    the bases in which they are written. For experts without an activation.
+    the bases in which they are written. Each hidden unit gets the sign that makes the largest number of its row of `A`
+    positive: a decomposition leaves signs open, and rounding would choose them. For experts without an activation.
 
     Args:
         first, second: the experts, without biases.
@@ -199,10 +200,9 @@ def product(first: Expert, second: Expert, share: float = 0.5) -> Expert:
     u_SS, size_S, v_SS = torch.linalg.svd(left_SS @ right_SS.T, full_matrices=False)
     rank = len(first["down_weight"])
     size_R = size_S[:rank].sqrt()
-    union = {
-        "down_weight": (basis_DS @ u_SS[:, :rank] * size_R).T,
-        "up_weight": (basis_OS @ v_SS[:rank].T * size_R).T,
-    }
+    down_DR, up_OR = basis_DS @ u_SS[:, :rank] * size_R, basis_OS @ v_SS[:rank].T * size_R
+    sign_R = down_DR.gather(0, down_DR.abs().argmax(dim=0, keepdim=True)).sign()
+    union = {"down_weight": (down_DR * sign_R).T, "up_weight": (up_OR * sign_R).T}
     return {name: F.pad(tensor, (0, 0, 0, rank - len(tensor))).to(first[name].dtype) for name, tensor in union.items()}
 
 
