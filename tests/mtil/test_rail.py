@@ -5,7 +5,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_methods import SETTINGS, logits_of, make, run, some_batch, tasks
+from small_methods import SETTINGS, make, run, tasks
 
 from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 from peft_moe_merge.mtil.clip import load_clip

@@ -5,7 +5,7 @@
 import pytest
 import torch
 from shared_layers import SHARED, SharedPool
-from small_methods import SETTINGS, make, run, some_batch, tasks
+from small_methods import make, run, some_batch, tasks
 
 from peft_moe_merge.mtil.methods import METHODS
 
