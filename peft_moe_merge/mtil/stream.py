@@ -206,8 +206,7 @@ class Stream:
 
         task_seed = seed + 1_000_003 * (position + 1)
         set_seed(task_seed)
-        if method.trains:
-            self.train(method, position, task_seed, progress, log)
+        self.train(method, position, task_seed, progress, log)
         row = [self.accuracy(method, task) for task in self.tasks]
         progress.matrix.append(row)
         all_classes = LabelSpace.of_all(self.tasks) if self.settings.protocol == "x_tail" else None
@@ -247,7 +246,7 @@ class Stream:
         progress: Progress,
         log: Callable[..., None] = lambda step, **values: None,
     ) -> None:
-        """Let a method learn one task, and note in `progress` how that went.
+        """Let a method learn one task, and note in `progress` how that went. One that has nothing to train takes no steps.
 
         Args:
             method: the learner.
@@ -256,14 +255,20 @@ class Stream:
             progress: gets the losses, and what the method tells.
             log: takes an optimizer step of the stream and named values.
         """
-        task, accelerator = self.tasks[position], self.accelerator
-        method.begin_task(task)
+        task = self.tasks[position]
+        if method.trains:
+            method.begin_task(task)
+        else:
+            method.model.to(self.accelerator.device).eval()
+            method.learn(task)
         parameters = method.trainable_parameters()
         progress.trainable_parameters = max(progress.trainable_parameters, sum(p.numel() for p in parameters))
-        with sharded_copy(method, accelerator):
-            losses = self._optimize(method, position, seed, log)
+        if not method.trains:
+            return
+        with sharded_copy(method, self.accelerator):
+            losses = self._optimize(method, position, seed, log) if parameters else []
             method.end_task()
-        progress.losses.append([round(loss, 6) for loss in losses])
+        progress.losses.append(losses)
         progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
 
     def _optimize(self, method: Method, position: int, seed: int, log: Callable[..., None]) -> list[float]:
@@ -302,7 +307,7 @@ class Stream:
                 log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
-        return torch.stack(losses).tolist()
+        return [round(loss, 6) for loss in torch.stack(losses).tolist()]
 
     @torch.no_grad()
     def accuracy(self, method: Method, task: Task) -> float:

@@ -1,9 +1,9 @@
 """Every method over a short stream, and what sets each apart."""
 
+# ruff: noqa: F401, F811 -- fixtures are imported
+
 import copy
 import functools
-import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,28 +13,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from small_methods import SETTINGS, disturb, logits_of, make, reference_distillation, run, some_batch, tasks
 
-from peft_moe_merge.mtil.clip import load_clip, small_clip
-from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.reference import load_reference
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.methods.distillation import distillation_loss
-from peft_moe_merge.mtil.methods.herding import herd
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
-SETTINGS = MethodSettings(
-    num_experts=6,
-    r=4,
-    top_k=2,
-    merge_every=2,
-    lora_r=4,
-    full_lr=1e-3,
-    extra_batch_size=8,
-    average_every=2,
-    exemplars=20,
-)
 NAMES = {
     "zero_shot",
     "finetune",
@@ -48,43 +36,16 @@ NAMES = {
     "moe_adapters",
     "moe_lora_merge",
     "moe_lora_pool",
+    "o_lora",
+    "lora_soup",
+    "magmax",
+    "der_pp",
+    "rail",
+    "inflora",
+    "coda_prompt",
+    "sema",
 }
 TRAINED = sorted(NAMES - {"zero_shot"})
-
-
-@pytest.fixture(scope="module")
-def tasks():
-    return [
-        replace(task, train=task.train.select(range(96)), test=task.test.select(range(48)))
-        for task in load_digit_tasks()
-    ]
-
-
-@pytest.fixture(scope="module")
-def make(tasks):
-    clip, processor = small_clip([prompt for task in tasks for prompt in task.prompts(task.templates[0])])
-
-    def method(name, settings=SETTINGS):
-        return METHODS[name](copy.deepcopy(clip), processor, settings)
-
-    return method
-
-
-@pytest.fixture
-def run(tasks, make, tmp_path):
-    def stream(name, *, folder=None, steps=3, lr=3e-3, settings=SETTINGS, count=3, **kwargs):
-        training = StreamSettings(steps=steps, batch_size=16, lr=[lr])
-        return run_stream(
-            tasks[:count],
-            lambda: make(name, settings),
-            training,
-            tmp_path / (folder or name),
-            Accelerator(cpu=True),
-            seed=7,
-            **kwargs,
-        )
-
-    return stream
 
 
 @pytest.fixture(scope="module")
@@ -109,40 +70,6 @@ def learn(tmp_path_factory):
     return matrix
 
 
-def some_batch(size=6, classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
-        "labels": torch.randint(classes, (size,), generator=generator),
-    }
-
-
-def disturb(model, seed=3):
-    """Move all weights, as training does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "logit_scale" not in name:
-                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-
-
-def reference_distillation(student, teacher, temperature=2.0):
-    """Row by row, term by term."""
-    total = 0.0
-    for student_row, teacher_row in zip(student.tolist(), teacher.tolist(), strict=True):
-        p, q = (
-            [math.exp(x / temperature) / sum(math.exp(y / temperature) for y in row) for x in row]
-            for row in (teacher_row, student_row)
-        )
-        total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
-    return temperature**2 * total / len(student)
-
-
-def logits_of(method, model, pixels, texts):
-    with torch.no_grad():
-        return model(pixel_values=pixels, **method.tokenize(texts)).logits_per_image
-
-
 # all of them ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,9 +79,12 @@ def test_the_registry_has_all_names():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
-    count = 3 if name == "lora_per_task" else 2  # there, two adapters have to come back
+    count = (
+        3 if name in ("lora_per_task", "o_lora", "lora_soup", "magmax", "inflora", "coda_prompt", "sema") else 2
+    )  # there, two adapters have to come back
     straight = run(name, count=count)
     assert [len(row) for row in straight.matrix] == [count] * count
+    assert len(straight.losses) == (count if METHODS[name].trains else 0)
     assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
     assert straight.trainable_parameters > 0 and straight.stored_bytes > 0
 
@@ -174,14 +104,19 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_learning_rate(name, make):
     """Shared experts train at the stream's rate, LoRAs, pools and whole CLIPs at their own."""
-    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5)
+    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5, inflora_lr=6e-5, coda_lr=7e-5, sema_lr=8e-5)
     expected = dict.fromkeys(METHODS, 2e-5)
-    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot"), 4e-3)
-    expected |= dict.fromkeys(("lora", "lora_per_task"), 3e-5) | {"moe_lora_pool": 5e-5}
+    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot", "rail"), 4e-3)
+    expected |= dict.fromkeys(("lora", "lora_per_task", "o_lora", "lora_soup", "magmax"), 3e-5) | {
+        "moe_lora_pool": 5e-5,
+        "inflora": 6e-5,
+        "coda_prompt": 7e-5,
+        "sema": 8e-5,
+    }
     assert make(name, settings).learning_rate(4e-3) == expected[name]
 
 
-@pytest.mark.parametrize("name", ["finetune", "wise_ft", "lwf", "lwf_vr", "zscl", "icarl"])
+@pytest.mark.parametrize("name", ["finetune", "wise_ft", "lwf", "lwf_vr", "zscl", "icarl", "der_pp"])
 def test_methods_of_all_weights(name, make, tasks, tmp_path):
     method = make(name)
     scale = method.model.logit_scale.item()
@@ -201,7 +136,7 @@ def test_methods_of_all_weights(name, make, tasks, tmp_path):
 def test_all_methods_see_the_same_images(run, monkeypatch):
     """Also those that draw random sentences, reference images or exemplars beside them."""
     seen = {}
-    for name in ("finetune", "lwf_vr", "zscl", "icarl"):
+    for name in ("finetune", "lwf_vr", "zscl", "icarl", "der_pp"):
         pixels = seen.setdefault(name, [])
         loss = METHODS[name].loss
 
@@ -275,6 +210,12 @@ def test_lora_per_task_learns_only_the_newest_adapter(make, tasks):
         for other in tasks:  # testing in between must not change what is trained next
             method.prepare_evaluation(other)
     assert len(set(counts)) == 1
+
+
+def test_replay_forgets_less(learn):
+    replay, sequential = learn("icarl"), learn("finetune")
+    assert replay[0][0] == sequential[0][0], "the first task is the same"
+    assert replay[1][0] > sequential[1][0] + 5
 
 
 def test_moe_adapters_is_ours_without_merging(run):
@@ -443,88 +384,3 @@ def test_a_folder_as_reference_set(tmp_path, make):
     assert len(reference.images) == 12 and reference.sentences == ["a photo of a old barn.", "a photo of a pier."]
     with pytest.raises(FileNotFoundError, match="No reference images in .*'mini'"):
         make("zscl", MethodSettings(reference=str(tmp_path / "nothing")))
-
-
-# exemplars -----------------------------------------------------------------------------------------------------------
-
-
-def test_herding_against_trying_all():
-    generator = torch.Generator().manual_seed(0)
-    features = F.normalize(torch.randn(12, 5, generator=generator, dtype=torch.float64), dim=-1)
-    mean, slow = features.mean(0), []
-    for _ in range(7):
-        candidates = [row for row in range(12) if row not in slow]
-        distances = [(features[[*slow, row]].mean(0) - mean).norm().item() for row in candidates]
-        slow.append(candidates[int(np.argmin(distances))])
-    assert herd(features, 7) == slow
-    assert herd(features, 3) == slow[:3], "cut the list to keep fewer"
-    assert sorted(herd(features, 99)) == list(range(12)), "all, and none twice"
-    equal = torch.ones(4, 2)
-    assert sorted(herd(equal, 4)) == [0, 1, 2, 3]
-
-
-def test_icarl_keeps_a_fixed_number_and_replays_them(make, tasks):
-    method = make("icarl")
-    batch = some_batch(classes=3)
-    method.begin_task(tasks[0])
-    assert method.loss(method.model, batch).item() == pytest.approx(
-        METHODS["finetune"].loss(method, method.model, batch).item()
-    )
-    disturb(method.model, 1)
-    features = {}
-    for label in range(4):
-        rows = [row for row, own in enumerate(tasks[0].train["label"]) if own == label]
-        images = [image.convert("RGB") for image in tasks[0].train[rows]["image"]]
-        pixels = method.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            features[label] = (pixels, method.image_features(pixels))
-    method.end_task()
-    assert method.classes_N.tolist() == sorted([0, 1, 2, 3] * 5)
-    assert method.pixels_N3HW.dtype == torch.uint8
-    for label, (pixels, of_class) in features.items():
-        own = method.normalized(method.pixels_N3HW[method.classes_N == label])
-        torch.testing.assert_close(own, pixels[herd(of_class, 5)])
-
-    first = method.pixels_N3HW
-    before = copy.deepcopy(method.model)
-    method.begin_task(tasks[1])
-    disturb(method.model, 2)
-    draws = copy.deepcopy(method.generator)
-    loss = method.loss(method.model, batch)
-    rows = torch.randperm(20, generator=draws)[:8]
-    replayed, labels = method.normalized(method.pixels_N3HW[rows]), method.classes_N[rows]
-    old, new = (task.prompts(task.templates[0]) for task in tasks[:2])
-    everything = torch.cat([batch["pixel_values"], replayed])
-    student, teacher = (logits_of(method, model, everything, old) for model in (method.model, before))
-    own = logits_of(method, method.model, batch["pixel_values"], new)
-    entropies = torch.cat(
-        [
-            F.cross_entropy(own, batch["labels"], label_smoothing=0.2, reduction="none"),
-            F.cross_entropy(student[len(own) :], labels, label_smoothing=0.2, reduction="none"),
-        ]
-    )
-    expected = entropies.mean() + reference_distillation(student, teacher)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-
-    method.end_task()
-    assert method.classes_N.tolist() == sorted([*range(7)] * 2), "20 over 7 classes: two of each"
-    assert torch.equal(method.pixels_N3HW[:8], first[[0, 1, 5, 6, 10, 11, 15, 16]]), "the first chosen stay"
-
-
-def test_icarl_needs_room_for_every_class(run):
-    with pytest.raises(ValueError, match="exemplars=5 is less than .* 7 classes up to task 'digits_4_to_6'"):
-        run("icarl", settings=MethodSettings(exemplars=5), steps=1)
-
-
-def test_replay_forgets_less(learn):
-    replay, sequential = learn("icarl"), learn("finetune")
-    assert replay[0][0] == sequential[0][0], "the first task is the same"
-    assert replay[1][0] > sequential[1][0] + 5
-
-
-def test_what_is_kept_is_counted(run, tmp_path):
-    """Exemplars are part of what a method stores."""
-    bytes_of = {name: run(name, count=1).stored_bytes for name in ("finetune", "icarl")}
-    assert bytes_of["icarl"] - bytes_of["finetune"] > 20 * 3 * 32 * 32
-    progress = json.loads((tmp_path / "icarl" / "after_1" / "progress.json").read_text())
-    assert progress["settings"]["exemplars"] == 20

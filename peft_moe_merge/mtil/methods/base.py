@@ -74,7 +74,8 @@ class Method(ABC):
     """Learns one task after another. One instance runs one stream.
 
     The stream calls `begin_task`, then per step `loss` and `after_step`, then `end_task`; and between tasks, for the
-    accuracies, `prepare_evaluation` and the two `features`.
+    accuracies, `prepare_evaluation` and the two `features`. Of a method that needs no optimizer, and says so by `trains`,
+    it calls `learn` instead.
 
     A class in a file of this folder is found by its `name`. One that also is a [`Routed`] is tried with selectors.
 
@@ -110,6 +111,9 @@ class Method(ABC):
     def begin_task(self, task: Task) -> None:
         """Get ready to train a task."""
         self.prompts = self.tokenize(task.prompts(task.templates[0]))
+
+    def learn(self, task: Task) -> None:
+        """Learn a task without the stream's optimizer steps; called, and nothing else of training, where `trains` is off."""
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer of the current task gets."""

@@ -22,6 +22,7 @@ from ..data.task import Task, labels_of
 from ..settings import check_at_least, setting
 from .distillation import ExtraBatchSettings, distillation_loss
 from .herding import herd
+from .kept_images import no_images, normalized
 from .whole_clip import WholeClip, frozen_copy
 
 
@@ -29,7 +30,7 @@ from .whole_clip import WholeClip, frozen_copy
 class ICaRLSettings(ExtraBatchSettings):
     """Of iCaRL."""
 
-    exemplars: int = setting(500, "icarl: images kept, over all classes")
+    exemplars: int = setting(500, "icarl, der_pp: images kept, over all classes")
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,8 +53,7 @@ class ICaRL(WholeClip):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.earlier: list[list[str]] = []  # class prompts, per task
-        size = self.processor.image_processor.crop_size or self.processor.image_processor.size
-        self.pixels_N3HW = torch.zeros(0, 3, size["height"], size["width"], dtype=torch.uint8)
+        self.pixels_N3HW = no_images(self.processor.image_processor)
         self.classes_N = torch.zeros(0, dtype=torch.long)  # numbered over all earlier tasks
 
     @classmethod
@@ -83,7 +83,9 @@ class ICaRL(WholeClip):
             return super().loss(model, batch)
         device = batch["pixel_values"].device
         rows_X = torch.randperm(len(self.classes_N), generator=self.generator)[: self.settings.extra_batch_size]
-        pixels = torch.cat([batch["pixel_values"], self.normalized(self.pixels_N3HW[rows_X]).to(device)])
+        pixels = torch.cat(
+            [batch["pixel_values"], normalized(self.pixels_N3HW[rows_X], self.processor.image_processor).to(device)]
+        )
         classes_X = self.classes_N[rows_X].to(device)
         tokens = self.tokenize(self.earlier_prompts + self.task_prompts)
         tokens = {name: ids.to(device) for name, ids in tokens.items()}
@@ -105,12 +107,6 @@ class ICaRL(WholeClip):
         return torch.cat(losses).mean() + self.settings.distillation_weight * distillation_loss(
             logits[:, :old], teacher
         )
-
-    def normalized(self, pixels_X3HW: Tensor) -> Tensor:
-        """Turn kept images into what the model takes."""
-        processor = self.processor.image_processor
-        mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
-        return (pixels_X3HW.float() * processor.rescale_factor - mean) / std
 
     @torch.no_grad()
     def end_task(self) -> None:

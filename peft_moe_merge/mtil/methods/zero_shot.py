@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from .base import Method
 
 
@@ -12,6 +14,10 @@ class ZeroShot(Method):
 
     name = "zero_shot"
     trains = False
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return none."""
+        return []
 
     def save(self, folder: Path) -> None:
         """Write nothing: there is nothing to keep."""
