@@ -20,7 +20,7 @@ from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS
 from peft_moe_merge.mtil.model_merging.report import print_report, write_report
-from peft_moe_merge.mtil.model_merging.study import METHODS, StudySettings, run_study
+from peft_moe_merge.mtil.model_merging.study import METHODS, Study, StudySettings
 from peft_moe_merge.mtil.results import empty_results, write_results
 from peft_moe_merge.mtil.settings import check_choices, setting
 
@@ -77,14 +77,10 @@ def main() -> None:
     results = empty_results(run.suite, [task.name for task in tasks], {**asdict(run), **asdict(settings)})
     del results["methods"]
     output_dir = Path(run.output_dir)
+    study = Study(tasks, held_out, lambda: build_clip(run), settings, accelerator)
     results["runs"] = [
-        run_study(
-            tasks,
-            held_out,
-            lambda: build_clip(run),
-            settings,
+        study.run(
             output_dir / f"seed_{seed}",
-            accelerator,
             methods=run.methods,
             robust_methods=run.robust_methods,
             corruptions=run.corruptions,

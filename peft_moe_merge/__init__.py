@@ -6,12 +6,14 @@
 
 from .callbacks import ExpertMergeCallback, RouterFreezeCallback, RouterNoiseCallback
 from .inference import ContinualClassifier, TaskClasses
+from .model_merging.adaptation import Adaptation
 from .model_merging.static import merge_static
 from .moved import serve_moved_modules
 from .tuners.moe_lora_merge import MoELoraMergeConfig, MoELoraMergeModel
 from .tuners.wemoe import WEMoEConfig, WEMoEModel, adapt_routers, merge_finetuned
 
 __all__ = [
+    "Adaptation",
     "ContinualClassifier",
     "ExpertMergeCallback",
     "MoELoraMergeConfig",

@@ -16,6 +16,22 @@ def images_of(batch: Any) -> torch.Tensor:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
+def labels_of(batch: Any) -> torch.Tensor:
+    """Return the labels of a batch: its second item, or the one of the name "labels".
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    raise ValueError(
+        f"the loss 'cross_entropy' needs labels, but a batch is {type(batch).__name__} without them: give (images, labels), "
+        "or a mapping with 'labels'; or take a loss without labels, 'mutual_information'."
+    )
+
+
 def endless(loader: Iterable, task: str, seed: int, start: int = 0) -> Iterator[Any]:
     """Yield batches number `start` and on of a loader that is run through again and again.
 

@@ -1,4 +1,4 @@
-"""Losses of predictions that need no labels, for adaptation at test time.
+"""Losses of predictions for adaptation at test time; all but one need no labels.
 
 Shapes: B images, C classes.
 """
@@ -6,8 +6,12 @@ Shapes: B images, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.nn import functional as F
+
+from .batches import labels_of
 
 
 def entropy(logits_BC: torch.Tensor) -> torch.Tensor:
@@ -25,6 +29,17 @@ def mutual_information(logits_BC: torch.Tensor) -> torch.Tensor:
     """
     mean_C = logits_BC.softmax(-1).mean(0)
     return entropy(logits_BC) + torch.special.xlogy(mean_C, mean_C).sum()
+
+
+def loss_of(name: str, logits_BC: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Compute a loss by its name: one of `LOSSES`, or `"cross_entropy"` with the labels of the batch.
+
+    Raises:
+        ValueError: labels are needed and the batch has none.
+    """
+    if name == "cross_entropy":
+        return F.cross_entropy(logits_BC.float(), labels_of(batch).to(logits_BC.device))
+    return LOSSES[name](logits_BC.float())
 
 
 LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

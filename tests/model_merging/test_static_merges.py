@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
+from peft_moe_merge.model_merging.adaptation import Adaptation
 from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static, static_merge
 
 TASKS = ("cars", "dtd")
@@ -52,7 +53,7 @@ def test_every_merge_is_a_plain_model_and_leaves_its_inputs_alone(base, finetune
     before = {n: p.clone() for n, p in base.named_parameters()}
     options = data if method in ("fisher", "regmean", "adamerging") else {}
     if method == "adamerging":
-        options = {**options, "steps": 2, "progress": False}
+        options = {**options, "how": Adaptation(2, lr=1e-3, schedule="constant"), "progress": False}
     merged = merge_static(base, finetuned, method, **options)
     assert type(merged) is CLIPModel and merged.state_dict().keys() == base.state_dict().keys()
     for name, parameter in base.named_parameters():
@@ -73,7 +74,7 @@ def test_every_merge_in_every_precision_is_the_precise_one_rounded(base, finetun
     base, finetuned = base.to(dtype), {task: model.to(dtype) for task, model in finetuned.items()}
     options = dict(data) if "batches" in STATIC_MERGES[method].options else {}
     if method == "adamerging":
-        options |= {"steps": 2, "progress": False}
+        options |= {"how": Adaptation(2, lr=1e-3, schedule="constant"), "progress": False}
     if method == "dare":
         options |= {"density": 1.0}  # what is drawn depends on the precision that it is drawn in
     if method == "fisher":
@@ -294,7 +295,7 @@ def test_regmean_is_the_least_squares_solution(base, finetuned, data):
 
 
 def test_adamerging_starts_at_task_arithmetic_and_lowers_entropy(base, finetuned, data):
-    start = merge_static(base, finetuned, "adamerging", steps=0, progress=False, **data)
+    start = merge_static(base, finetuned, "adamerging", how=Adaptation(0), progress=False, **data)
     arithmetic = merge_static(base, finetuned, "task_arithmetic")
     for a, b in zip(start.parameters(), arithmetic.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -310,7 +311,14 @@ def test_adamerging_starts_at_task_arithmetic_and_lowers_entropy(base, finetuned
             total -= (p * p.log()).sum(-1).mean().item()
         return total
 
-    learned = merge_static(base, finetuned, "adamerging", steps=20, lr=0.02, progress=False, **data)
+    how = Adaptation(20, lr=0.02, schedule="constant")
+    learned = merge_static(base, finetuned, "adamerging", how=how, progress=False, **data)
+    with pytest.warns(FutureWarning, match="settings as one: `Adaptation"):
+        earlier = merge_static(base, finetuned, "adamerging", steps=20, lr=0.02, progress=False, **data)
+    for a, b in zip(learned.parameters(), earlier.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="'entropy_with_prior' is for the gates of routers"):
+        merge_static(base, finetuned, "adamerging", how=Adaptation(1, "entropy_with_prior"), **data)
     assert entropy(learned) < entropy(start) - 0.02
     # One coefficient per tensor and task: every change is a combination of that tensor's task vectors.
     name = "vision_model.encoder.layers.0.mlp.fc2.weight"

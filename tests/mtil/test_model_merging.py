@@ -81,10 +81,10 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     settings = study.StudySettings(finetune_steps=4, finetune_lr=1e-3, adapt_steps=2, batch_size=8, adapt_batch_size=4)
     methods = ["pretrained", "individual", "multitask", "ties", "adamerging_mi", "wemoe_mi", "smile"]
     held_out = load_digit_tasks()[2:]
-    arguments = (tasks, held_out, build_clip, settings)
-    options = {"methods": methods, "robust_methods": ["wemoe_mi", "individual"], "corruptions": ["gauss"]}
     accelerator = Accelerator(cpu=True)
-    whole = study.run_study(*arguments, tmp_path / "whole", accelerator, **options)
+    everything = study.Study(tasks, held_out, build_clip, settings, accelerator)
+    options = {"methods": methods, "robust_methods": ["wemoe_mi", "individual"], "corruptions": ["gauss"]}
+    whole = everything.run(tmp_path / "whole", **options)
 
     written, write = [], study.write_results
 
@@ -96,10 +96,10 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
 
     monkeypatch.setattr(study, "write_results", stopping)
     with pytest.raises(KeyboardInterrupt):
-        study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
+        everything.run(tmp_path / "stopped", **options)
     monkeypatch.setattr(study, "write_results", write)
     assert written == [1, 2, 3, 4]
-    resumed = study.run_study(*arguments, tmp_path / "stopped", accelerator, **options)
+    resumed = everything.run(tmp_path / "stopped", **options)
 
     def without_seconds(result):
         result = json.loads(json.dumps(result))
@@ -114,10 +114,10 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     assert rows["wemoe_mi"]["trainable_parameters"] == 3 * (64 * 64 + 64 + 64 * 2 + 2)
     assert rows["pretrained"]["stored_numbers"] == rows["ties"]["stored_numbers"] < rows["smile"]["stored_numbers"]
     with pytest.raises(ValueError, match="other settings: .*tasks was "):
-        study.run_study(tasks[:1], *arguments[1:], tmp_path / "stopped", accelerator, **options)
+        replace(everything, tasks=tasks[:1]).run(tmp_path / "stopped", **options)
     fewer = replace(tasks[0], train=tasks[0].train.select(range(len(tasks[0].train) - 1)))
     with pytest.raises(ValueError, match="other settings: data_content was '.*', is '.*'. Use those of the run"):
-        study.run_study([fewer, *tasks[1:]], *arguments[1:], tmp_path / "stopped", accelerator, **options)
+        replace(everything, tasks=[fewer, *tasks[1:]]).run(tmp_path / "stopped", **options)
 
     results = {"suite": "digits", "runs": [whole, resumed]}
     print_report(results)

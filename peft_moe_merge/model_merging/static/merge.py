@@ -38,7 +38,7 @@ def merge_static(
     if method not in STATIC_MERGES:
         raise ValueError(f"there is no static merge {method!r}; choose one of {list(STATIC_MERGES)}.")
     merge = STATIC_MERGES[method]
-    unknown = sorted(options.keys() - merge.options.keys())
+    unknown = [] if merge.takes_others else sorted(options.keys() - merge.options.keys())
     lacking = [
         name for name, option in merge.options.items() if option.default is option.empty and name not in options
     ]

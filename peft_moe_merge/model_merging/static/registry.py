@@ -33,7 +33,13 @@ class StaticMerge:
     @property
     def options(self) -> dict[str, Parameter]:
         """What the merge takes besides the base model and the task vectors."""
-        return dict(list(signature(self.merge).parameters.items())[2:])
+        own = list(signature(self.merge).parameters.items())[2:]
+        return {name: option for name, option in own if option.kind is not Parameter.VAR_KEYWORD}
+
+    @property
+    def takes_others(self) -> bool:
+        """It knows names of earlier releases too, and says itself which ones it does not."""
+        return any(p.kind is Parameter.VAR_KEYWORD for p in signature(self.merge).parameters.values())
 
     def __call__(self, *args, **options) -> dict[str, torch.Tensor]:
         return self.merge(*args, **options)

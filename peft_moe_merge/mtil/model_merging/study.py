@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.files import whole
+from peft_moe_merge.model_merging.adaptation import Adaptation
 from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned
 
@@ -89,75 +90,89 @@ class Run:
         return {task.name: batches(change(getattr(task, split)), size) for task in self.tasks}
 
 
-def run_study(
-    tasks: Sequence[Task],
-    held_out: Sequence[Task],
-    build_clip: Callable[[], tuple[CLIPModel, CLIPProcessor]],
-    settings: StudySettings,
-    output_dir: Path,
-    accelerator: Accelerator,
-    *,
-    methods: Sequence[str] = METHODS,
-    robust_methods: Sequence[str] = (),
-    corruptions: Sequence[str] = (),
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Run all methods for one seed; what the output folder holds already is not done again.
+@dataclass(frozen=True)
+class Study:
+    """Tasks to fine-tune on and merge, from which model, how; the counterpart of `Experiment` for merging.
 
-    Args:
+    Attributes:
         tasks: to fine-tune on and merge.
         held_out: tasks that are only tested on.
         build_clip: makes the pretrained CLIP and its processor.
-        settings: see there.
-        output_dir: of this seed.
+        settings: how everything trains.
         accelerator: for device and precision; one process.
-        methods: of `METHODS`.
-        robust_methods: those of `methods` to run on corrupted images as well.
-        corruptions: of `CORRUPTIONS`.
-        seed: of the order of images, the splits and all noise.
-
-    Returns:
-        `{"seed", "rows": {method: {"accuracy": {task: %}, "held_out": {task: %}, "trainable_parameters",
-        "stored_numbers", "seconds"}}, "robustness": {corruption: {method: {task: %}}}}`.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, data or weights.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    names = {"tasks": [task.name for task in tasks], "held_out": [task.name for task in held_out]}
-    file = output_dir / "seed.json"
-    result: dict[str, Any] = {"seed": seed, **names, "settings": asdict(settings), "rows": {}, "robustness": {}}
-    clip, processor = build_clip()
-    shaped_by = fingerprint((*tasks, *held_out), clip, processor, accelerator, settings)
-    result["fingerprint"] = {**shaped_by, **names, "seed": seed}
-    if file.exists():
+
+    tasks: Sequence[Task]
+    held_out: Sequence[Task]
+    build_clip: Callable[[], tuple[CLIPModel, CLIPProcessor]]
+    settings: StudySettings
+    accelerator: Accelerator
+
+    def run(
+        self,
+        output_dir: Path,
+        *,
+        methods: Sequence[str] = METHODS,
+        robust_methods: Sequence[str] = (),
+        corruptions: Sequence[str] = (),
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Run methods for one seed; what the output folder holds already is not done again.
+
+        Args:
+            output_dir: of this seed.
+            methods: of `METHODS`.
+            robust_methods: those of `methods` to run on corrupted images as well.
+            corruptions: of `CORRUPTIONS`.
+            seed: of the order of images, the splits and all noise.
+
+        Returns:
+            `{"seed", "rows": {method: {"accuracy": {task: %}, "held_out": {task: %}, "trainable_parameters",
+            "stored_numbers", "seconds"}}, "robustness": {corruption: {method: {task: %}}}}`.
+
+        Raises:
+            ValueError: the folder holds a run with other settings, data or weights.
+        """
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clip, processor = self.build_clip()
+        result = self._begun(output_dir / "seed.json", clip, processor, seed)
+        run = self._material(clip, processor, output_dir, seed)
+        for task in run.tasks:
+            _trained(run, run.finetuned[task.name], [task], run.settings.finetune_steps)
+        for method in methods:
+            if method not in result["rows"]:
+                result["rows"][method] = _row(run, method, output_dir)
+                write_results(output_dir / "seed.json", result)
+        for corruption in corruptions:
+            done = result["robustness"].setdefault(corruption, {})
+            for method in robust_methods:
+                if method not in done:
+                    done[method] = _robustness(run, method, corruption, output_dir)
+                    write_results(output_dir / "seed.json", result)
+        return result
+
+    def _begun(self, file: Path, clip: CLIPModel, processor: CLIPProcessor, seed: int) -> dict[str, Any]:
+        """Read what an earlier run has written, or begin."""
+        names = {"tasks": [task.name for task in self.tasks], "held_out": [task.name for task in self.held_out]}
+        shaped_by = fingerprint((*self.tasks, *self.held_out), clip, processor, self.accelerator, self.settings)
+        own = {**shaped_by, **names, "seed": seed}
+        if not file.exists():
+            told = {"seed": seed, **names, "settings": asdict(self.settings)}
+            return {**told, "rows": {}, "robustness": {}, "fingerprint": own}
         saved = json.loads(file.read_text())
-        if changed := differences(saved.get("fingerprint", {}), result["fingerprint"]):
+        if changed := differences(saved.get("fingerprint", {}), own):
             raise ValueError(
-                f"{str(output_dir)!r} holds a run with other settings: {changed}. Use those of the run, or choose another "
-                "output folder (`--output_dir`)."
+                f"{str(file.parent)!r} holds a run with other settings: {changed}. Use those of the run, or choose "
+                "another output folder (`--output_dir`)."
             )
-        result = saved
+        return saved
 
-    clip = clip.to(accelerator.device).eval().requires_grad_(False)
-    material = [load_images(task, clip, processor, seed) for task in (*tasks, *held_out)]
-    learnt, unseen = tuple(material[: len(tasks)]), tuple(material[len(tasks) :])
-    finetuned = {t.name: output_dir / "finetuned" / t.name for t in learnt}
-    run = Run(clip, processor, learnt, unseen, finetuned, settings, accelerator, seed)
-    for task in learnt:
-        _trained(run, finetuned[task.name], [task], settings.finetune_steps)
-
-    for method in methods:
-        if method not in result["rows"]:
-            result["rows"][method] = _row(run, method, output_dir)
-            write_results(file, result)
-    for corruption in corruptions:
-        done = result["robustness"].setdefault(corruption, {})
-        for method in robust_methods:
-            if method not in done:
-                done[method] = _robustness(run, method, corruption, output_dir)
-                write_results(file, result)
-    return result
+    def _material(self, clip: CLIPModel, processor: CLIPProcessor, output_dir: Path, seed: int) -> Run:
+        clip = clip.to(self.accelerator.device).eval().requires_grad_(False)
+        learnt = tuple(load_images(task, clip, processor, seed) for task in self.tasks)
+        unseen = tuple(load_images(task, clip, processor, seed) for task in self.held_out)
+        finetuned = {task.name: output_dir / "finetuned" / task.name for task in learnt}
+        return Run(clip, processor, learnt, unseen, finetuned, self.settings, self.accelerator, seed)
 
 
 def _trained(run: Run, folder: Path, tasks: Sequence[TaskImages], steps: int) -> CLIPModel:
@@ -184,35 +199,25 @@ def _merged(run: Run, method: str, unlabelled: dict[str, Any]) -> nn.Module:
         config = WEMoEConfig(scaling=settings.scaling, **options)
         model = merge_finetuned(copy.deepcopy(run.clip), run.finetuned, config)
         if loss is not None:
-            adapt_routers(
-                model,
-                unlabelled,
-                settings.adapt_steps,
-                heads=run.heads,
-                loss=loss,
-                lr=settings.adapt_lr,
-                seed=run.seed,
-                progress=not quiet,
-            )
+            how = Adaptation(settings.adapt_steps, loss, settings.adapt_lr, seed=run.seed)
+            adapt_routers(model, unlabelled, how, heads=run.heads, progress=not quiet)
         return model
     supervised = {task.name: batches(task.finetune, settings.batch_size) for task in run.tasks}
     learning = {
         "batches": unlabelled,
         "heads": run.heads,
         "scaling": settings.scaling,
-        "steps": settings.adapt_steps,
-        "lr": settings.adapt_lr,
-        "seed": run.seed,
         "progress": not quiet,
     }
+    steps, lr, seed = settings.adapt_steps, settings.adapt_lr, run.seed
     options = {
         "task_arithmetic": {"scaling": settings.scaling},
         "dare": {"scaling": settings.scaling, "seed": run.seed},
         "consensus": {"scaling": settings.scaling},
         "fisher": {"batches": supervised, "heads": run.heads, "seed": run.seed},
         "regmean": {"batches": supervised, "heads": run.heads},
-        "adamerging": learning,
-        "adamerging_mi": {**learning, "loss": "mutual_information"},
+        "adamerging": {**learning, "how": Adaptation(steps, "entropy", lr, "constant", seed)},
+        "adamerging_mi": {**learning, "how": Adaptation(steps, "mutual_information", lr, "constant", seed)},
     }
     torch.manual_seed(run.seed)
     return merge_static(run.clip, run.finetuned, method.removesuffix("_mi"), **options.get(method, {}))

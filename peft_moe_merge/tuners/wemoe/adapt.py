@@ -9,24 +9,24 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from peft_moe_merge.files import check_tensors, whole
+from peft_moe_merge.model_merging.adaptation import Adaptation
 from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import task_logits
-from peft_moe_merge.model_merging.losses import LOSSES as LOSSES_OF_LOGITS
+from peft_moe_merge.model_merging.losses import loss_of
 
 from .config import WEMoEConfig
 from .context import recorded_gates
-
-LOSSES = (*LOSSES_OF_LOGITS, "entropy_with_prior")
 
 
 def distance_from_prior(gates: list[torch.Tensor], scaling: float) -> torch.Tensor:
@@ -37,16 +37,13 @@ def distance_from_prior(gates: list[torch.Tensor], scaling: float) -> torch.Tens
 def adapt_routers(
     model: PeftModel,
     unlabelled: Mapping[str, Iterable],
-    steps: int = 1000,
+    how: Adaptation | None = None,
     *,
     heads: Mapping[str, torch.Tensor] | None = None,
-    loss: str = "entropy",
-    lr: float = 1e-4,
-    schedule: str = "cosine",
-    seed: int = 0,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
+    **earlier: Any,
 ) -> list[dict[str, float]]:
     """Train the routers of the active adapter on unlabelled images (arXiv 2402.00433).
 
@@ -57,46 +54,39 @@ def adapt_routers(
         model: from `merge_finetuned`, or loaded.
         unlabelled: for each task the batches to adapt to, run through again and again. With `heads`, batches are
             `pixel_values`, alone, first in a tuple, or by that name; without, they are keyword arguments of the model
-            (for CLIP with the class prompts as `input_ids`). Labels are not looked at. A `DataLoader` may shuffle;
+            (for CLIP with the class prompts as `input_ids`). Labels are looked at with `loss="cross_entropy"` alone. A `DataLoader` may shuffle;
             for a reproducible run nothing else than torch's generators should be random.
-        steps: optimizer steps.
+        how: steps, loss, learning rate, seed.
         heads: for each task the normalised text features of its classes, `[C, D]`.
-        loss: `"entropy"` as published, `"mutual_information"`, or `"entropy_with_prior"`, which adds the mean squared
-            distance of the gates from `scaling`. The latter two resist collapse; none helps a model whose predictions
-            are mostly wrong.
-        lr: Adam's learning rate.
-        schedule: `"cosine"` to zero over `steps`, or `"constant"`.
-        seed: of the order of images.
         checkpoint: a file that is written every `checkpoint_every` steps and at the end. If it exists the run goes on
             from there, to the same result as without the stop.
         checkpoint_every: steps between checkpoints.
         progress: show a progress bar.
+        **earlier: settings of `how` by their names, as earlier releases took them.
 
     Returns:
         For each step run now: `step`, `loss` (summed over tasks), `lr`, and each task's loss as `loss/<task>`.
 
     Raises:
-        ValueError: no data, a task that the adapter does not have, a missing head, an unknown loss or schedule, an
-            adapter without trainable routers, a checkpoint of another run.
+        ValueError: no data, a task that the adapter does not have, a missing head, no labels where the loss
+            needs them, an adapter without trainable routers, a checkpoint of another run.
         FloatingPointError: the loss is not finite; routers are as they were after the last good step.
     """
     config = model.peft_config[model.active_adapter]
-    _check(config, unlabelled, heads, loss, schedule)
+    _check(config, unlabelled, heads)
+    how = Adaptation.told(how, earlier, Adaptation())
     routers = {name: p for name, p in model.named_parameters() if p.requires_grad and ".wemoe_router." in name}
     if not routers:
         raise ValueError(
             f"the adapter {model.active_adapter!r} has no trainable router: it was built with gates='projection', "
             "which needs no adaptation, or loaded without `is_trainable=True`."
         )
-    settings = {"loss": loss, "lr": lr, "schedule": schedule, "steps": steps, "seed": seed, "tasks": list(unlabelled)}
-    optimizer = torch.optim.Adam(routers.values(), lr=lr)
+    settings = {**asdict(how), "tasks": list(unlabelled)}
+    optimizer = torch.optim.Adam(routers.values(), lr=how.lr)
     done = _load_checkpoint(checkpoint, routers, optimizer, settings) if checkpoint is not None else 0
-    optimizer.param_groups[0]["initial_lr"] = lr  # which a schedule that begins in the middle asks for
-    cosine = (
-        get_cosine_schedule_with_warmup(optimizer, 0, steps, last_epoch=done - 1) if schedule == "cosine" else None
-    )
+    schedule = how.scheduler(optimizer, done)
     batches = {
-        task: endless(loader, task, seed=seed + 1009 * position, start=done)
+        task: endless(loader, task, seed=how.seed + 1009 * position, start=done)
         for position, (task, loader) in enumerate(unlabelled.items())
     }
 
@@ -104,26 +94,27 @@ def adapt_routers(
     model.eval()
     history = []
     try:
-        for step in tqdm(range(done, steps), initial=done, total=steps, desc="adapting routers", disable=not progress):
+        for step in tqdm(
+            range(done, how.steps), initial=done, total=how.steps, desc="adapting routers", disable=not progress
+        ):
             optimizer.zero_grad()
             row: dict[str, float] = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
             for task, batch in ((task, next(batches[task])) for task in batches):
                 with recorded_gates() as gates:
                     logits = task_logits(model, batch, heads[task] if heads is not None else None)
-                task_loss = LOSSES_OF_LOGITS[loss.removesuffix("_with_prior")](logits.float())
-                if loss == "entropy_with_prior":
+                task_loss = loss_of(how.loss.removesuffix("_with_prior"), logits, batch)
+                if how.loss == "entropy_with_prior":
                     task_loss = task_loss + distance_from_prior(gates, config.scaling)
                 del gates, logits
                 task_loss.backward()
                 row[f"loss/{task}"] = task_loss.item()
             row["loss"] = sum(value for key, value in row.items() if key.startswith("loss/"))
             if not math.isfinite(row["loss"]):
-                raise FloatingPointError(f"the loss at step {step} is {row}; try a smaller `lr` than {lr}.")
+                raise FloatingPointError(f"the loss at step {step} is {row}; try a smaller `lr` than {how.lr}.")
             optimizer.step()
-            if cosine is not None:
-                cosine.step()
+            schedule.step()
             history.append(row)
-            if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+            if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == how.steps):
                 _save_checkpoint(checkpoint, routers, optimizer, {**settings, "done": step + 1})
     finally:
         model.train(was_training)
@@ -134,8 +125,6 @@ def _check(
     config: WEMoEConfig,
     unlabelled: Mapping[str, Iterable],
     heads: Mapping[str, torch.Tensor] | None,
-    loss: str,
-    schedule: str,
 ) -> None:
     if not isinstance(config, WEMoEConfig):
         raise ValueError(f"adapt_routers needs a WEMoE adapter, the active one is {type(config).__name__}.")
@@ -147,10 +136,6 @@ def _check(
         raise ValueError(f"there are no batches to adapt to for {empty}; drop the task or give it images.")
     if heads is not None and (missing := [task for task in unlabelled if task not in heads]):
         raise ValueError(f"`heads` lacks the class text features of {missing}; it has those of {list(heads)}.")
-    if loss not in LOSSES:
-        raise ValueError(f"there is no loss {loss!r}; choose one of {list(LOSSES)}.")
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"there is no schedule {schedule!r}; choose 'cosine' or 'constant'.")
 
 
 def _save_checkpoint(
