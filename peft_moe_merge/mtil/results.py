@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -123,14 +125,15 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read `results.json`.
+    """Read `results.json`, compressed if it ends on `.gz`.
 
     Raises:
         ValueError: the file is not JSON, or lacks `KEYS` or, in a run, `RUN_KEYS`.
     """
     try:
-        results = without_nan(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        results = without_nan(json.loads(gzip.decompress(content) if path.suffix == ".gz" else content))
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}. {ANEW}") from error
     lacking = _lacking(results, KEYS)
     if not lacking:

@@ -151,5 +151,30 @@ def equivalence(differences: Sequence[float], margin: float) -> Equivalence:
     return Equivalence(float(p_value), float(mean - half), float(mean + half), bool(p_value < ALPHA))
 
 
+def paired_p_value(differences: Sequence[float]) -> float | None:
+    """Test whether a mean difference is 0, by Student's paired t test, two-sided. None for fewer than two seeds.
+
+    Args:
+        differences: one per seed.
+    """
+    if len(differences) < 2:
+        return None
+    if np.ptp(differences) == 0:  # all seeds differ by the same: there is nothing left to doubt
+        return float(differences[0] == 0)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p values of several tests, so that those below 5 % hold all at once with 95 % (Holm 1979).
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none may fall below its predecessor.
+    """
+    adjusted, floor = [0.0] * len(p_values), 0.0
+    for rank, position in enumerate(np.argsort(p_values, kind="stable")):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[position]))
+        adjusted[position] = floor
+    return adjusted
+
+
 def _of(run: Run, value: Value) -> float | None:
     return run.get(value) if isinstance(value, str) else value(run)

@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy import stats
 
-from peft_moe_merge.report.statistics import equivalence, estimate, interval, over_seeds, paired_differences
+from peft_moe_merge.report.statistics import (
+    equivalence,
+    estimate,
+    holm,
+    interval,
+    over_seeds,
+    paired_differences,
+    paired_p_value,
+)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 12])
@@ -77,3 +85,25 @@ def test_methods_at_the_margin_are_called_equal_as_rarely_as_it_says():
     draws = np.random.default_rng(2).normal(1.0, 0.3, (2000, 5))
     called = np.mean([equivalence(list(differences), 1.0).holds for differences in draws])
     assert called == pytest.approx(0.05, abs=0.015)
+
+
+def test_holm_is_its_definition():
+    """Sorted, the k-th of m is multiplied by m - k + 1; none is smaller than one before it, none above 1."""
+    p_values = [0.01, 0.04, 0.03, 0.005, 0.9]
+    adjusted = holm(p_values)
+    assert adjusted == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.9])
+    assert holm([]) == [] and holm([0.4, 0.8, 0.7]) == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_the_paired_p_value_is_that_of_the_interval():
+    """A difference is significant at 5 % just where its 95 % interval excludes 0."""
+    generator = np.random.default_rng(0)
+    seen = set()
+    for shift in np.linspace(0, 2, 12):
+        differences = list(generator.normal(shift, 1, 5))
+        known, p_value = estimate(differences), paired_p_value(differences)
+        excluded = known.low > 0 or known.high < 0
+        assert (p_value < 0.05) == excluded
+        seen.add(excluded)
+    assert seen == {True, False}
+    assert paired_p_value([1.0]) is None and paired_p_value([1.0, 1.0]) == 0.0 and paired_p_value([0.0, 0.0]) == 1.0
