@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint docs clean
+.PHONY: demo space test slow lint docs clean
 
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/mtil.py --methods zero_shot moe_lora_merge moe_lora_pool lora_per_task \
 		--steps 60 --batch_size 32 --lr 2e-2 --num_experts 20 --merge_every 20 --output_dir runs/demo
+
+# the page of examples/space on what `make demo` left; any other adapter: make space ADAPTER=user/name
+space: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable ".[space]"
+	$(BIN)/python examples/space/app.py $(if $(ADAPTER),--adapter $(ADAPTER))
 
 # two processes with a thread each are faster than one with two, and do not fight over the cores
 test: .venv/ready

@@ -253,13 +253,14 @@ class ContinualClassifier:
         return self._encode_classes(dict(zip(names, prompts_of(names, ANY_CLASS), strict=True)), PLAIN)[1]
 
     def _candidate_texts(self, task: int, asked: TaskClasses | tuple[str, ...]) -> tuple[list[str], Tensor]:
-        if self._asked[0] != asked:  # the latest candidates are kept
-            self._asked = (asked, {})
-        if task not in self._asked[1]:
+        latest = self._asked  # read once: another thread may put its own candidates there meanwhile
+        if latest[0] != asked:
+            latest = self._asked = (asked, {})
+        if task not in latest[1]:
             names = asked.class_names if isinstance(asked, TaskClasses) else asked
             prompts = {name: prompts_of([name], self._templates(task, name, asked))[0] for name in names}
-            self._asked[1][task] = self._encode_classes(prompts, task)
-        return self._asked[1][task]
+            latest[1][task] = self._encode_classes(prompts, task)
+        return latest[1][task]
 
     def _templates(self, task: int, name: str, asked: TaskClasses | tuple[str, ...]) -> Sequence[str]:
         """Find a candidate's prompt forms: those given, else those of the routing task, else of the first that has it."""

@@ -1,5 +1,7 @@
 """The classifier against PEFT's own calls, one image, one class and one task at a time."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -290,3 +292,36 @@ def test_bad_input(classifier, model, processor, tmp_path) -> None:
     write_classes(tmp_path, {"default": TaskClasses(("cat",))})
     with pytest.raises(ValueError, match="does not say which CLIP it is for"):
         ContinualClassifier.from_pretrained(tmp_path)
+
+
+def test_candidates_of_threads_do_not_mix(model: PeftModel, processor: CLIPProcessor) -> None:
+    """One asks while another's candidates are being encoded: each gets its own, then and later."""
+    mine, theirs = ("cat", "tiger"), ("circle", "moon")
+
+    class Interrupted:
+        """A processor whose tokenizer lets another thread ask to the end before it goes on."""
+
+        interrupt = None
+
+        def __call__(self, **inputs):
+            return processor(**inputs)
+
+        @property
+        def tokenizer(self):
+            interrupt, self.interrupt = self.interrupt, None
+            if interrupt is not None:
+                with ThreadPoolExecutor(1) as threads:
+                    threads.submit(interrupt).result()
+            return processor.tokenizer
+
+    interrupted = Interrupted()
+    classifier = ContinualClassifier(model, interrupted, TASKS)
+    (image,) = pictures(1)
+    alone = {names: classifier(image, task="pets", candidates=names) for names in (mine, theirs, mine)}
+    classifier = ContinualClassifier(model, interrupted, TASKS)
+    seen = []
+    interrupted.interrupt = lambda: seen.append(classifier(image, task="pets", candidates=theirs))
+    assert classifier(image, task="pets", candidates=mine) == alone[mine]
+    assert seen == [alone[theirs]]
+    for names in (theirs, mine):
+        assert classifier(image, task="pets", candidates=names) == alone[names]
