@@ -34,8 +34,10 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "finetune": [{"full_lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
     "inflora": [{"inflora_lr": lr} for lr in (3e-4, 6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2)],
     "rail": [{"rail_ridge": ridge} for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0)],
-    "coda_prompt": [{"coda_lr": lr} for lr in (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)],
-    "sema": [{"sema_lr": lr} for lr in (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)],
+    "coda_prompt": [
+        {"coda_lr": lr, "coda_weight": weight} for weight in (0.0, 0.1) for lr in (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
+    ],
+    "sema": [{"sema_lr": lr} for lr in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)],
     "moe_lora_pool": [
         {"experts_per_task": experts, "pool_r": r, "pool_lr": lr}
         for experts, r in ((1, 16), (2, 8), (2, 16))

@@ -25,7 +25,7 @@ from .lora import LoraSettings
 class InfLoraSettings(LoraSettings):
     """Of InfLoRA."""
 
-    inflora_lr: float = setting(5e-3, "inflora: peak learning rate of the up projections")
+    inflora_lr: float = setting(2.5e-3, "inflora: peak learning rate of the up projections")
     inflora_threshold: float = setting(0.95, "inflora: share of a task's squared inputs that later tasks keep out of")
     inflora_images: int = setting(256, "inflora: training images of a task whose inputs to the layers are looked at")
 

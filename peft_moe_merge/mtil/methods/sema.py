@@ -29,7 +29,7 @@ class SemaSettings(Settings):
     sema_r: int = setting(16, "sema: width of an adapter")
     sema_bottleneck: int = setting(32, "sema: hidden units of the autoencoder that describes an adapter's inputs")
     sema_threshold: float = setting(1.0, "sema: standard deviations above the usual error from which inputs are new")
-    sema_lr: float = setting(5e-3, "sema: peak learning rate")
+    sema_lr: float = setting(2e-2, "sema: peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()
