@@ -1,6 +1,7 @@
 """Images in; label, task and probabilities out.
 
-Shapes: B images, C classes of a task or candidates, N prompts, P projection width.
+Shapes: B images, R routes (the tasks, then CLIP without experts), V routes that some image takes, in a row, C classes of a
+task or candidates, N prompts, P projection width.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.files import whole
 from peft_moe_merge.selection.candidates import Candidates, check_candidates, same_name, tasks_of_candidates
+from peft_moe_merge.selection.incremental import IncrementalSelector
+from peft_moe_merge.selection.mixture import mixture
 from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig, check_selector
 from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
 
@@ -66,7 +69,8 @@ class Prediction:
     Attributes:
         label: the most probable class.
         score: its probability.
-        task: whose routers and classes it was judged by; None for CLIP without experts.
+        task: whose routers and classes it was judged by, the likeliest where several were mixed; None for CLIP without
+            experts.
         probabilities: of all classes in question, in their order; they add up to 1.
     """
 
@@ -104,6 +108,9 @@ class ContinualClassifier:
         batch_size: images per forward pass.
         similarity: cosine between the embeddings of "a photo of a ..." of two class names from which on they mean the
             same; above 1, only equal names do.
+        soft: where a selector chooses, take the likeliest tasks of each image, up to three that have 95 % of its posterior, and
+            mix their class probabilities by it. Each costs a pass. CLIP without experts is one of them, see
+            [`IncrementalSelector.posterior`].
 
     Raises:
         TypeError: the adapter is of another method.
@@ -119,6 +126,7 @@ class ContinualClassifier:
         open_classes: TaskClasses | Sequence[str] | None = None,
         batch_size: int = 64,
         similarity: float = 0.95,
+        soft: bool = False,
     ):
         config = model.peft_config[model.active_adapter]
         if not isinstance(config, MoELoraMergeConfig):
@@ -136,6 +144,7 @@ class ContinualClassifier:
         self.open_classes = None if open_classes is None else _task_classes(open_classes)
         self.batch_size = batch_size
         self.similarity = similarity
+        self.soft = soft
         self._names = names
         self._texts: dict[int, tuple[list[str], Tensor]] = {}
         self._plain: dict[int, Tensor] = {}
@@ -162,7 +171,7 @@ class ContinualClassifier:
 
         Raises:
             ValueError: an unknown task; fewer or more tasks than images; no task and no selector, or one that does not
-                know all tasks; no candidates, or one named twice; no such file; an image whose range of values is not
+                know all tasks, or has no posterior where tasks are to be mixed; no candidates, or one named twice; no such file; an image whose range of values is not
                 known, see `to_rgb`.
             OSError: a file is no image, or a URL can't be reached.
         """
@@ -196,28 +205,43 @@ class ContinualClassifier:
     ) -> list[Prediction]:
         clip = self.model.get_base_model()
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(clip.device, clip.dtype)
-        ids_B = self._select(pixels, asked) if ids is None else torch.tensor(ids, device=clip.device)
-        features = self.model.get_image_features(pixel_values=pixels, task_ids=ids_B).pooler_output
-        features_BP = F.normalize(features.float(), dim=-1)
-        predictions: list[Prediction | None] = [None] * len(images)
-        for task in ids_B.unique().tolist():
+        if ids is None:
+            shares_BR = self._select(pixels, asked)
+        else:
+            shares_BR = self._all_of(torch.tensor(ids, device=clip.device))
+        rows_V, routes_V = shares_BR.nonzero(as_tuple=True)
+        ids_V = routes_V.where(routes_V < len(self._names), PLAIN)
+        features = self.model.get_image_features(pixel_values=pixels[rows_V], task_ids=ids_V).pooler_output
+        features_VP = F.normalize(features.float(), dim=-1)
+        found: list[dict[str, float]] = [{} for _ in images]
+        for task in ids_V.unique().tolist():
             labels, texts_CP = self.class_texts(task) if asked is None else self._candidate_texts(task, asked)
-            rows = (ids_B == task).nonzero().squeeze(1)
-            logits = clip.logit_scale.exp().float() * features_BP[rows] @ texts_CP.T
-            for row, probabilities in zip(rows.tolist(), logits.softmax(dim=-1).tolist(), strict=True):
-                by_label = dict(zip(labels, probabilities, strict=True))
-                best = max(by_label, key=by_label.get)
-                name = None if task == PLAIN else self._names[task]
-                predictions[row] = Prediction(best, by_label[best], name, by_label)
+            of_task = (ids_V == task).nonzero().squeeze(1)
+            logits = clip.logit_scale.exp().float() * features_VP[of_task] @ texts_CP.T
+            likely = shares_BR[rows_V[of_task], routes_V[of_task], None] * logits.softmax(dim=-1)
+            for row, probabilities in zip(rows_V[of_task].tolist(), likely.tolist(), strict=True):
+                for label, probability in zip(labels, probabilities, strict=True):
+                    found[row][label] = found[row].get(label, 0.0) + probability
+        predictions = []
+        for by_label, route in zip(found, shares_BR.argmax(dim=1).tolist(), strict=True):
+            best = max(by_label, key=by_label.get)
+            predictions.append(Prediction(best, by_label[best], (*self._names, None)[route], by_label))
         return predictions
 
+    def _all_of(self, ids_B: Tensor) -> Tensor:
+        """Let one route have all of each image: shares B x R."""
+        routes = len(self._names) + 1
+        return F.one_hot(ids_B.where(ids_B != PLAIN, routes - 1), routes).float()
+
     def _select(self, pixels: Tensor, asked: TaskClasses | tuple[str, ...] | None) -> Tensor:
+        """Let candidates and selector choose: the share of each route, B x R."""
         allowed, may_be_none = tuple(range(len(self._names))), True
         if asked is not None:
             evidence = self.evidence(asked)
             allowed, may_be_none = evidence.allowed, not evidence.complete
             if not allowed or (len(allowed) == 1 and not may_be_none):
-                return torch.full((len(pixels),), allowed[0] if allowed else PLAIN, device=pixels.device)
+                only = allowed[0] if allowed else PLAIN
+                return self._all_of(torch.full((len(pixels),), only, device=pixels.device))
         selector = self.model.task_selector
         if selector is None:
             of = "" if asked is None else f" The candidates leave {[self._names[task] for task in allowed]}"
@@ -227,7 +251,15 @@ class ContinualClassifier:
                 "experts), or let a selector choose: `model.attach_selector(selector)`."
             )
         check_selector(selector, self._names)
-        return selector.select(self.model.frozen_features(selector.source, pixels), allowed, may_be_none)[0]
+        features = self.model.frozen_features(selector.source, pixels)
+        if not self.soft:
+            return self._all_of(selector.select(features, allowed, may_be_none)[0])
+        if not isinstance(selector, IncrementalSelector):
+            raise ValueError(
+                f"soft=True mixes tasks by their posterior, which a {type(selector).__name__} does not have: attach a "
+                "DiscriminantSelector or RidgeSelector, or leave `soft` off."
+            )
+        return mixture(selector.posterior(features, allowed, may_be_none)).float()
 
     def evidence(self, candidates: TaskClasses | Sequence[str]) -> Candidates:
         """Tell which tasks may route an image that is one of these classes, and whether it can be of none.
@@ -320,6 +352,7 @@ class ContinualClassifier:
         processor: CLIPProcessor | None = None,
         batch_size: int = 64,
         similarity: float = 0.95,
+        soft: bool = False,
         **download: Any,
     ) -> ContinualClassifier:
         """Load what `save_pretrained` wrote.
@@ -328,7 +361,7 @@ class ContinualClassifier:
             adapter: folder, or name on the Hub.
             clip: the CLIP that the adapter is for; default: the one that the adapter names.
             processor: default: the one beside the adapter.
-            batch_size, similarity: as in the constructor.
+            batch_size, similarity, soft: as in the constructor.
             download: `revision`, `token`, `cache_dir`, ... of the adapter; the CLIP gets `token` and `cache_dir`.
 
         Raises:
@@ -367,6 +400,7 @@ class ContinualClassifier:
             open_classes=open_classes,
             batch_size=batch_size,
             similarity=similarity,
+            soft=soft,
         )
 
 

@@ -244,7 +244,7 @@ class StreamSelectors:
                 margins.append(margins_BV.cpu())
                 unknown += [position >= learnt] * len(margins_BV)
             accuracies.append([100.0 * hit / total for hit in hits.tolist()])
-        margins_MV = torch.cat(margins)
+        margins_MV = torch.cat(margins).nan_to_num()  # infinite where a task has no threshold
         told: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in self.selectors}
         x_tail: list[list[Any]] = []
         for column, variant in enumerate(variants):

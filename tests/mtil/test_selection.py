@@ -116,6 +116,13 @@ def test_auroc_after_the_first_task(tasks, tmp_path):
     assert told == pytest.approx(roc_auc_score(unknown, [-margin for margin in margins]), abs=1e-6)
 
 
+def test_without_thresholds(tasks, tmp_path):
+    """With `reject_rate` 0 no image is of none, and nothing tells those of tasks to come from the others."""
+    selection = SelectorSettings(selectors=["gaussian"], reject_rate=0)
+    told = run(tmp_path, tasks, selection=selection, stop_after=1)[0].selection[0]["gaussian"]["per_image"]
+    assert told["auroc"] == 0.5 and all(row[-1] == 0 for row in told["confusion"])
+
+
 def test_selectors_change_nothing_and_resume(tasks, straight, tmp_path):
     progress, _, folder = straight
     without, _ = run(tmp_path / "without", tasks, selection=None)
