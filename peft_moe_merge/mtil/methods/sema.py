@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
@@ -63,7 +64,8 @@ class Adapters(nn.Module):
         y_BLD = self.mlp(x_BLD)
         if not len(self.adapters):
             return y_BLD
-        seen_BD = x_BLD.mean(dim=1)
+        # of unit length: scores of long vectors would soon be so far apart that a new adapter gets no gradient
+        seen_BD = F.normalize(x_BLD.mean(dim=1), dim=1)
         weights_BK = torch.cat([column(seen_BD) for column in self.columns], dim=1).softmax(dim=1)
         for adapter, weight_B in zip(self.adapters, weights_BK.T, strict=True):
             y_BLD = y_BLD + weight_B[:, None, None] * adapter(x_BLD)
@@ -81,7 +83,7 @@ class Sema(Method):
 
     Simplified: all layers are scanned before training, where that paper lets a layer see what shallower new adapters have
     learnt; autoencoders are those of the selectors, on the mean token, and are fitted when a task's training is over; the
-    decision is one per task, by all its training images. Texts are encoded by the frozen text tower.
+    decision is one per task, by all its training images; routers read the mean token, of unit length. Texts are encoded by the frozen text tower.
 
     Attributes:
         descriptors: by layer, its autoencoders.
@@ -91,6 +93,7 @@ class Sema(Method):
 
     name = "sema"
     settings_class = SemaSettings
+    shardable = False
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         super().__init__(clip, processor, settings)
