@@ -131,6 +131,8 @@ class Stream:
             ValueError: with the reason, and the way out.
         """
         method.check(settings, self.tasks)
+        if self.accelerator.distributed_type == DistributedType.FSDP and not method.shardable:
+            raise ValueError(f"{method.name} can't be trained in parts (FSDP2). Launch it data parallel (DDP).")
         if (
             self.settings.protocol == "x_tail"
             and is_routed(method)
