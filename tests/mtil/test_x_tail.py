@@ -276,5 +276,6 @@ def test_results_tables_and_page(tmp_path):
     read = json.loads((tmp_path / "results.json").read_text())["methods"]["zero_shot"][0]["x_tail"]
     assert read[0]["selector"] is None and read[0]["last"] == 3.5
     assert "X-TAIL" in write_report(results, tmp_path)[-1].read_text()
+    assert (tmp_path / "figures" / "x_tail.png").stat().st_size > 5000
     results["methods"] = {"lora": results["methods"]["lora"]}
     assert x_tail_rows(results) == [] and "X-TAIL" not in write_report(results, tmp_path)[-1].read_text()
