@@ -266,7 +266,7 @@ class ContinualClassifier:
                 f"soft=True mixes tasks by their posterior, which a {type(selector).__name__} does not have: attach a "
                 "DiscriminantSelector or RidgeSelector, or leave `soft` off."
             )
-        return mixture(selector.posterior(features, allowed, may_be_none)).float()
+        return mixture(selector.posterior(features, allowed, may_be_none))
 
     def evidence(self, candidates: TaskClasses | Sequence[str]) -> Candidates:
         """Tell which tasks may route an image that is one of these classes, and whether it can be of none.

@@ -212,7 +212,7 @@ class Stream:
             selectors.fit(method, self.tasks[position], self.settings, self.accelerator)
             told, x_tail = selectors.evaluate(method, self.tasks, self.settings, self.accelerator, all_classes)
             progress.selection.append(told)
-            progress.x_tail += [x_tail] if all_classes else []
+            progress.x_tail += [x_tail] if all_classes is not None else []
             progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
         elif all_classes is not None:
             progress.x_tail.append([[None, None, self.accuracies_among(method, all_classes)]])

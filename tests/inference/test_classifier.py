@@ -286,12 +286,13 @@ def test_candidates_that_mean_the_same(model, processor) -> None:
 def test_a_selector_that_lags_behind_is_named(processor) -> None:
     model = with_selector(processor)
     model.add_task("cars")
-    classifier = ContinualClassifier(model, processor, {**TASKS, "cars": ["van", "bus"]})
-    for candidates in (None, ["cat"], ["van", "bus", "dog", "rabbit", "cat"]):
-        with pytest.raises(
-            ValueError, match=r"selector knows the tasks \['pets', 'shapes'\], the adapter has .*'cars'"
-        ):
-            classifier(pictures(1), candidates=candidates)
+    for soft in (True, False):
+        classifier = ContinualClassifier(model, processor, {**TASKS, "cars": ["van", "bus"]}, soft=soft)
+        for candidates in (None, ["cat"], ["van", "bus", "dog", "rabbit", "cat"]):
+            with pytest.raises(
+                ValueError, match=r"selector knows the tasks \['pets', 'shapes'\], the adapter has .*'cars'"
+            ):
+                classifier(pictures(1), candidates=candidates)
     assert classifier(pictures(1), candidates=["bus", "van"])[0].task == "cars", "known without it"
 
 

@@ -48,10 +48,10 @@ def test_posterior_one_image_at_a_time(kind, tmp_path):
         top = scores[0].argmax()
         none = 0.2 if scores[0, top] >= bars[0, top] else 1.0
         tasks = (1 - none) * F.softmax(best * scores[0].double(), dim=0)
-        torch.testing.assert_close(likely, torch.tensor([*tasks.tolist(), none]).double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(likely, torch.tensor([*tasks.tolist(), none]), rtol=1e-4, atol=1e-5)
         doubtful += 0.05 < tasks.max() < 0.75
     assert doubtful > 5
-    assert (got[:, -1] == 1).any() and (got[:, -1] == 0.2).any()
+    assert (got[:, -1] == 1).any() and (got[:, -1] < 0.21).any()
     save_selector(selector, tmp_path)
     assert torch.equal(load_selector(tmp_path).posterior(test), got)
 
@@ -61,7 +61,7 @@ def test_what_is_known_of_the_task():
     test = torch.cat([blurred(task, seed=1)[0][:20] for task in range(4)])
     sure = selector.posterior(test, may_be_none=False)
     assert (sure[:, -1] == 0).all()
-    torch.testing.assert_close(sure.sum(dim=1), torch.ones(80).double())
+    torch.testing.assert_close(sure.sum(dim=1), torch.ones(80))
     two = selector.posterior(test, allowed=(0, 2), may_be_none=False)
     torch.testing.assert_close(two[:, [0, 2]], sure[:, [0, 2]] / sure[:, [0, 2]].sum(dim=1, keepdim=True))
     assert (two[:, 1] == 0).all()
@@ -81,7 +81,7 @@ def test_without_images_to_calibrate_with():
     for task in range(2):
         selector.fit(f"task {task}", task_data(task)[0])
     features = task_data(0, seed=1)[0][:4]
-    expected = 0.8 * selector.decision_function(features).double().softmax(dim=1)
+    expected = 0.8 * selector.decision_function(features).softmax(dim=1)
     torch.testing.assert_close(selector.posterior(features)[:, :2], expected)
     assert selector.temperature == 1.0
 
