@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import BaseImageProcessor, get_cosine_schedule_with_warmup
 
 from peft_moe_merge.inference import zero_shot
+from peft_moe_merge.selection.candidates import check_candidates
 
 from . import checkpoint
 from .checkpoint import Progress
@@ -128,11 +129,12 @@ class Stream:
             ValueError: with the reason, and the way out.
         """
         method.check(settings, self.tasks)
-        if (
-            self.settings.protocol == "x_tail"
-            and is_routed(method)
-            and not (self.selection and self.selection.selectors)
-        ):
+        if not is_routed(method):
+            return
+        if self.selection and self.selection.selectors:
+            for task in self.tasks:
+                check_candidates(task.class_names)  # they tell which tasks may be chosen
+        elif self.settings.protocol == "x_tail":
             raise ValueError(
                 f"Under x_tail nobody names the task, so {method.name} needs a selector to route by: "
                 "`--selectors discriminant`, for example."

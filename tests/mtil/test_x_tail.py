@@ -238,6 +238,9 @@ def test_loras_as_routes(tasks, routed):
 def test_a_selector_is_needed(tasks, tmp_path):
     with pytest.raises(ValueError, match=r"moe_lora_pool needs a selector to route by: `--selectors discriminant`"):
         run(tmp_path, tasks, "moe_lora_pool", selectors=[])
+    twice = [tasks[0], dataclasses.replace(tasks[1], class_names=("four", "five", "four"))]
+    with pytest.raises(ValueError, match=r"Classes named twice: \['four'\]"):
+        run(tmp_path, twice, "moe_lora_pool")
     assert not list(tmp_path.iterdir()), "before anything trains"
     experiment = Experiment(DataSettings(suite="digits"), training=StreamSettings(protocol="x_tail"))
     experiment.check(["zero_shot", "icarl"], [0], tmp_path)
