@@ -1,5 +1,6 @@
 """The snippets of the documentation run as they stand."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -72,6 +73,37 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = names["progress"]
     assert len(progress.matrix) == 2 and progress.settings["few_shot"] == 8
     assert (tmp_path / "runs/few/moe_lora_merge/seed_0/after_2/progress.json").is_file()
+
+
+def test_start_and_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippets("start.md"), names)
+    for plain, learnt in re.findall(r": (\d+)% by plain CLIP, (\d+)% now", capsys.readouterr().out):
+        assert int(learnt) >= int(plain) + 5
+    model, again = names["model"].eval(), names["again"].eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([0, 1])
+    expected = model.get_image_features(pixels, task_ids=ids).pooler_output
+    torch.testing.assert_close(again.get_image_features(pixels, task_ids=ids).pooler_output, expected)
+    exec(snippets("choose.md"), names)
+    assert names["chosen"].task == "flowers" and names["asked"].task is None
+
+
+def test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    for task, split, name in itertools.product(("birds", "tools"), ("train", "test"), ("snow_goose", "robin")):
+        folder = tmp_path / "my_images" / task / split / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number:03}.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = snippets("folder.md").replace("openai/clip-vit-base-patch16", mini_clip_path())
+    names: dict = {}
+    exec(code.replace("steps=1000, batch_size=64", "steps=2, batch_size=4"), names)
+    assert len(names["progress"].matrix[-1]) == 2
+    assert names["model"].current_task == "birds" and names["model"].peft_config["default"].tasks == ["birds", "tools"]
 
 
 @pytest.mark.slow  # the same calls are in tests/hub/test_adapters.py
