@@ -79,8 +79,9 @@ def test_start_and_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(snippets("start.md"), names)
-    for plain, learnt in re.findall(r": (\d+)% by plain CLIP, (\d+)% now", capsys.readouterr().out):
-        assert int(learnt) >= int(plain) + 5
+    told = re.findall(r"(\w+): (\d+)% by plain CLIP, (\d+)% now", capsys.readouterr().out)
+    assert [task for task, *_ in told] == ["digits", "flowers"]
+    assert all(int(learnt) >= int(plain) + 5 for _, plain, learnt in told)
     model, again = names["model"].eval(), names["again"].eval()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([0, 1])
