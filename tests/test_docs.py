@@ -12,11 +12,15 @@ import torch
 from conftest import tiny_batch, tiny_clip
 from datasets import Dataset
 from hub.loopback import OWNER_TOKEN, LoopbackHub
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPModel, TrainingArguments, default_data_collator
+from wemoe_clip import TASKS, finetune, small_clip
 
 from peft_moe_merge import MoELoraMergeConfig
+from peft_moe_merge.model_merging.static import STATIC_MERGES
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -105,6 +109,71 @@ def test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(code.replace("steps=1000, batch_size=64", "steps=2, batch_size=4"), names)
     assert len(names["progress"].matrix[-1]) == 2
     assert names["model"].current_task == "birds" and names["model"].peft_config["default"].tasks == ["birds", "tools"]
+
+
+def test_tuner() -> None:
+    model = get_peft_model(tiny_clip(), MoELoraMergeConfig.pool(tasks=["pets"]))
+    names: dict = {"torch": torch, "model": model}
+    exec(snippets("tuner.md"), names)
+    groups = {group["lr"]: group["params"] for group in names["optimizer"].param_groups}
+    assert groups.keys() == {1e-3, 4e-3}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert {id(parameter) for group in groups.values() for parameter in group} == trained
+
+
+def test_selection(tmp_path: Path) -> None:
+    """Two tasks, of bright and of dark images; a threshold is the quantile of 20 scores that were held out."""
+    model = get_peft_model(tiny_clip(), MoELoraMergeConfig.pool(tasks=["bright", "dark"]))
+    generator = torch.Generator().manual_seed(0)
+    pixels = {
+        task: torch.randn(220, 3, 16, 16, generator=generator) + shift for task, shift in (("bright", 2), ("dark", -2))
+    }
+    labels = torch.arange(220) % 2
+    names: dict = {
+        "model": model,
+        "loaders": {task: [{"pixel_values": images[:200], "labels": labels[:200]}] for task, images in pixels.items()},
+        "batch": tiny_batch(3),
+        "pixel_values": torch.cat([images[200:] for images in pixels.values()]),
+        "folder": tmp_path / "adapter",
+    }
+    with torch.no_grad():
+        exec(snippets("selection.md"), names)
+    right = names["ids"] == torch.arange(2).repeat_interleave(20)
+    assert right.float().mean() > 0.8 and names["scores"].shape == (40, 2)
+    again = PeftModel.from_pretrained(tiny_clip(), names["folder"]).eval()
+    assert torch.equal(again.select_tasks(names["pixel_values"])[0], names["ids"])
+
+
+def test_wemoe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, generator = small_clip(), torch.Generator().manual_seed(0)
+    cars, dtd = finetune(base, 1), finetune(base, 2)
+    dtd.save_pretrained(tmp_path / "clip-dtd")
+    lora = get_peft_model(small_clip(), LoraConfig(target_modules=["fc1"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    names: dict = {
+        "PeftModel": PeftModel,
+        "base_clip": base,
+        "clip_cars": cars,
+        "clip_dtd": dtd,
+        "loader": DataLoader(
+            TensorDataset(torch.randn(8, 3, 16, 16, generator=generator)), batch_size=4, shuffle=True
+        ),
+        "heads": {task: normalize(torch.randn(5, 16, generator=generator), dim=-1) for task in TASKS},
+    }
+    monkeypatch.chdir(tmp_path)
+    code = snippets("wemoe.md").replace("me/clip-dtd", "clip-dtd").replace("folder/of/a/lora", "lora")
+    names["small_clip"] = small_clip
+    code = code.replace("from_pretrained(base_clip", "from_pretrained(small_clip()")  # as in a process of its own
+    try:
+        exec(
+            code.replace("steps=1000", "steps=2").replace("merge_static(base_clip", "merge_static(small_clip()"), names
+        )
+        assert names["model"].peft_config["default"].peft_type == "WEMOE"
+        by_hand = names["merge_static"](small_clip(), {"cars": cars, "dtd": dtd}, "first_task", scaling=1.0)
+    finally:
+        STATIC_MERGES.pop("first_task", None)
+    for (name, weight), expected in zip(by_hand.named_parameters(), cars.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, msg=name)
 
 
 @pytest.mark.slow  # the same calls are in tests/hub/test_adapters.py
