@@ -152,6 +152,7 @@ def test_wemoe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora.save_pretrained(tmp_path / "lora")
     names: dict = {
         "PeftModel": PeftModel,
+        "small_clip": small_clip,
         "base_clip": base,
         "clip_cars": cars,
         "clip_dtd": dtd,
@@ -161,13 +162,14 @@ def test_wemoe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "heads": {task: normalize(torch.randn(5, 16, generator=generator), dim=-1) for task in TASKS},
     }
     monkeypatch.chdir(tmp_path)
-    code = snippets("wemoe.md").replace("me/clip-dtd", "clip-dtd").replace("folder/of/a/lora", "lora")
-    names["small_clip"] = small_clip
-    code = code.replace("from_pretrained(base_clip", "from_pretrained(small_clip()")  # as in a process of its own
+    code = snippets("wemoe.md")
+    short = {"me/clip-dtd": "clip-dtd", "folder/of/a/lora": "lora", "steps=1000": "steps=2"}
+    fresh = {f"{call}(base_clip": f"{call}(small_clip()" for call in ("PeftModel.from_pretrained", "merge_static")}
+    for written, here in {**short, **fresh}.items():  # each call in a process of its own has a base without adapters
+        assert written in code
+        code = code.replace(written, here)
     try:
-        exec(
-            code.replace("steps=1000", "steps=2").replace("merge_static(base_clip", "merge_static(small_clip()"), names
-        )
+        exec(code, names)
         assert names["model"].peft_config["default"].peft_type == "WEMOE"
         by_hand = names["merge_static"](small_clip(), {"cars": cars, "dtd": dtd}, "first_task", scaling=1.0)
     finally:
