@@ -127,7 +127,7 @@ def figure_of(measured: dict[str, list[float]]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=50, help="at least 2")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of the pool and of its twin in a round")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
