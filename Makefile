@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo space test slow lint docs clean
+.PHONY: demo space test slow lint docs dist clean
 
 demo: .venv/ready
 	rm -rf runs/demo
@@ -26,9 +26,17 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-docs: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/pdoc --docformat google --output-directory build/docs peft_moe_merge
+# the site, in build/docs/index.html; what Sphinx would warn of is an error
+docs: .venv/docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -d build/doctrees docs build/docs
+
+# what would be published, in dist
+dist: .venv/ready
+	$(BIN)/python -m pip install --quiet "build>=1.2" "twine>=6.1"
+	rm -rf build/lib dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv runs build dist *.egg-info
@@ -36,4 +44,8 @@ clean:
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[test]" "ruff>=0.9"
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@

@@ -24,6 +24,7 @@ from peft_moe_merge.mtil.experiment import Experiment, has_experts_to_watch, run
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.push import prepare_push, push_adapter
 from peft_moe_merge.mtil.report.card import METHOD
+from peft_moe_merge.mtil.report.closing import closing
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
 from peft_moe_merge.mtil.results import add_run, extended_results, run_result, write_results
@@ -105,13 +106,15 @@ def main() -> None:
         write_results(output_dir / "results.json", results)
         print_results(results)
         print(f"results: {output_dir / 'results.json'}")
-        print(f"report:  {write_report(results, output_dir)[-1]}, pictures beside it in figures/")
+        report = write_report(results, output_dir)[-1]
+        print(f"report:  {report}, pictures beside it in figures/")
         if run.push_to_hub and run.stop_after is None:
             seed, (_, processor) = run.seeds[0], experiment.build_clip()
             checkpoint = newest(run_folder(output_dir, METHOD, seed))
             tasks = experiment.tasks
             address = push_adapter(run.push_to_hub, checkpoint, tasks, processor, results, seed, run.license)
             print(f"adapter: {address}")
+        print("", *closing(results, report), sep="\n")
     accelerator.end_training()
 
 

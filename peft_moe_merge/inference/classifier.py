@@ -96,7 +96,8 @@ class ContinualClassifier:
     route an image only if its classes are among the candidates: where these are the classes of one task or several
     together, one of those tasks; otherwise tasks that share at least half of the smaller of the two lists, by equal names
     or by text embeddings of plain CLIP with a cosine of at least `similarity`. Among several, the attached selector
-    chooses; it also tells images of no task where some candidates are of none. Where no task is left, CLIP without experts
+    chooses; it also tells images of no task where some candidates are of none. The task that it chooses has never been
+    told apart from the other tasks, so candidates that are classes of those alone have probability 0. Where no task is left, CLIP without experts
     answers, as if nothing had been learnt; so asking about what is new costs nothing of its zero-shot ability.
 
     Args:
@@ -162,8 +163,8 @@ class ContinualClassifier:
             images: one or several, as PIL images of any mode, paths or URLs.
             task: name or id of the images' task, one for all or one per image; -1 for CLIP without experts. None lets
                 the candidates and the selector that is attached to the model choose for each image.
-            candidates: classes that the images may be, all of them compared; they also tell which tasks may route the
-                images (see above). Names are prompted as in their task, those of no task by "a photo of a {}."; all by
+            candidates: classes that the images may be, all of them compared where `task` is given; they also tell which
+                tasks may route the images (see above). Names are prompted as in their task, those of no task by "a photo of a {}."; all by
                 the templates of [`TaskClasses`] where that is given. None takes the classes of the task.
 
         Returns:
@@ -181,11 +182,12 @@ class ContinualClassifier:
         asked = None
         if candidates is not None:
             asked = candidates if isinstance(candidates, TaskClasses) else check_candidates(candidates)
+        evidence = None if asked is None or given is not None else self.evidence(asked)
         predictions = []
         for start in range(0, len(images), self.batch_size):
             stop = start + self.batch_size
             batch = [load_rgb(image) for image in images[start:stop]]
-            predictions += self._predict(batch, None if given is None else given[start:stop], asked)
+            predictions += self._predict(batch, None if given is None else given[start:stop], asked, evidence)
         return predictions[0] if single else predictions
 
     def _ids(self, task: str | int | Sequence[str | int], count: int) -> list[int]:
@@ -201,12 +203,16 @@ class ContinualClassifier:
 
     @torch.no_grad()
     def _predict(
-        self, images: list[Image], ids: list[int] | None, asked: TaskClasses | tuple[str, ...] | None
+        self,
+        images: list[Image],
+        ids: list[int] | None,
+        asked: TaskClasses | tuple[str, ...] | None,
+        evidence: Candidates | None,
     ) -> list[Prediction]:
         clip = self.model.get_base_model()
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(clip.device, clip.dtype)
         if ids is None:
-            shares_BR = self._select(pixels, asked)
+            shares_BR = self._select(pixels, evidence)
         else:
             shares_BR = self._all_of(torch.tensor(ids, device=clip.device))
         rows_V, routes_V = shares_BR.nonzero(as_tuple=True)
@@ -218,6 +224,8 @@ class ContinualClassifier:
             labels, texts_CP = self.class_texts(task) if asked is None else self._candidate_texts(task, asked)
             of_task = (ids_V == task).nonzero().squeeze(1)
             logits = clip.logit_scale.exp().float() * features_VP[of_task] @ texts_CP.T
+            if evidence is not None and task != PLAIN:
+                logits[:, sorted(evidence.ruled_out(task))] = -torch.inf
             likely = shares_BR[rows_V[of_task], routes_V[of_task], None] * logits.softmax(dim=-1)
             for row, probabilities in zip(rows_V[of_task].tolist(), likely.tolist(), strict=True):
                 for label, probability in zip(labels, probabilities, strict=True):
@@ -233,18 +241,17 @@ class ContinualClassifier:
         routes = len(self._names) + 1
         return F.one_hot(ids_B.where(ids_B != PLAIN, routes - 1), routes).float()
 
-    def _select(self, pixels: Tensor, asked: TaskClasses | tuple[str, ...] | None) -> Tensor:
+    def _select(self, pixels: Tensor, evidence: Candidates | None) -> Tensor:
         """Let candidates and selector choose: the share of each route, B x R."""
         allowed, may_be_none = tuple(range(len(self._names))), True
-        if asked is not None:
-            evidence = self.evidence(asked)
+        if evidence is not None:
             allowed, may_be_none = evidence.allowed, not evidence.complete
             if not allowed or (len(allowed) == 1 and not may_be_none):
                 only = allowed[0] if allowed else PLAIN
                 return self._all_of(torch.full((len(pixels),), only, device=pixels.device))
         selector = self.model.task_selector
         if selector is None:
-            of = "" if asked is None else f" The candidates leave {[self._names[task] for task in allowed]}"
+            of = "" if evidence is None else f" The candidates leave {[self._names[task] for task in allowed]}"
             of += " or none of them." if of and may_be_none else "." if of else ""
             raise ValueError(
                 f"Which task are these images from?{of} Give `task=` (one of {self._names}, or -1 for CLIP without "
@@ -259,7 +266,7 @@ class ContinualClassifier:
                 f"soft=True mixes tasks by their posterior, which a {type(selector).__name__} does not have: attach a "
                 "DiscriminantSelector or RidgeSelector, or leave `soft` off."
             )
-        return mixture(selector.posterior(features, allowed, may_be_none)).float()
+        return mixture(selector.posterior(features, allowed, may_be_none))
 
     def evidence(self, candidates: TaskClasses | Sequence[str]) -> Candidates:
         """Tell which tasks may route an image that is one of these classes, and whether it can be of none.

@@ -299,28 +299,30 @@ class StreamSelectors:
         accelerator: Accelerator,
     ) -> Tensor:
         """Tell whether the class is right that is likeliest under the routes that each variant chose: B x V."""
-        labels_B, scale = batch["labels"], method.model.logit_scale.exp().double()
+        device, labels_B = batch["labels"].device, batch["labels"].cpu()
+        scale, shares_BVR = method.model.logit_scale.exp().item(), shares_BVR.cpu().double()
         none = shares_BVR.shape[2] - 1
-        right_BV = torch.zeros(shares_BVR.shape[:2], dtype=torch.bool, device=labels_B.device)
+        right_BV = torch.zeros(shares_BVR.shape[:2], dtype=torch.bool)
         columns = {of: [c for c, variant in enumerate(variants) if variant.among == of] for of in among}
         mixed = dict.fromkeys(among, 0.0)
         for route in (shares_BVR > 0).any(dim=1).any(dim=0).nonzero().flatten().tolist():
             rows = (shares_BVR[:, :, route] > 0).any(dim=1).nonzero().flatten()
             router = NONE if route == none else route
             classes = {of: texts[router] for of, texts in among.items()}
+            pixels = batch["pixel_values"][rows.to(device)]
             with accelerator.autocast():
-                features_BP = method.routed_image_features(batch["pixel_values"][rows], torch.full_like(rows, router))
-                cosines = {of: features_BP @ classes_CP.T for of, classes_CP in classes.items()}
+                features_BP = method.routed_image_features(pixels, torch.full((len(rows),), router, device=device))
+                cosines = {of: (features_BP @ classes_CP.T).cpu() for of, classes_CP in classes.items()}
             for of, cosines_BC in cosines.items():
                 # in float64 equal only where the cosines are: where one route has it all, they decide
                 likely_BC = among[of].narrowed(scale * cosines_BC.double(), router).softmax(dim=1)
-                shares_BV = shares_BVR[rows][:, columns[of], route].double()
+                shares_BV = shares_BVR[rows][:, columns[of], route]
                 of_route = likely_BC.new_zeros(len(labels_B), shares_BV.shape[1], likely_BC.shape[1])
                 mixed[of] = mixed[of] + of_route.index_copy(0, rows, shares_BV[:, :, None] * likely_BC[:, None])
         for of, mixed_BVC in mixed.items():
-            true_B = among[of].space.columns[task.name].to(labels_B.device)[labels_B]
+            true_B = among[of].space.columns[task.name][labels_B]
             right_BV[:, columns[of]] = mixed_BVC.argmax(dim=2) == true_B[:, None]
-        return right_BV
+        return right_BV.to(device)
 
     @staticmethod
     def _bar(batches: Any, what: str, accelerator: Accelerator) -> Any:
@@ -360,6 +362,6 @@ class RouteTexts:
         """Rule out the classes that a route does not tell apart."""
         if not self.own_classes or router == NONE:
             return logits_BC
-        own_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
-        own_C[self.space.columns[self.method.learnt[router]].to(own_C.device)] = True
+        own_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool)
+        own_C[self.space.columns[self.method.learnt[router]]] = True
         return logits_BC.masked_fill(~own_C, -torch.inf)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import BaseImageProcessor, get_scheduler
 
 from peft_moe_merge.inference import zero_shot
+from peft_moe_merge.selection.candidates import check_candidates
 
 from . import checkpoint
 from .checkpoint import Progress
@@ -131,11 +132,14 @@ class Stream:
             ValueError: with the reason, and the way out.
         """
         method.check(settings, self.tasks)
-        if (
-            self.settings.protocol == "x_tail"
-            and is_routed(method)
-            and not (self.selection and self.selection.selectors)
-        ):
+        if self.accelerator.distributed_type == DistributedType.FSDP and not method.shardable:
+            raise ValueError(f"{method.name} can't be trained in parts (FSDP2). Launch it data parallel (DDP).")
+        if not is_routed(method):
+            return
+        if self.selection and self.selection.selectors:
+            for task in self.tasks:
+                check_candidates(task.class_names)  # they tell which tasks may be chosen
+        elif self.settings.protocol == "x_tail":
             raise ValueError(
                 f"Under x_tail nobody names the task, so {method.name} needs a selector to route by: "
                 "`--selectors discriminant`, for example."
@@ -214,7 +218,7 @@ class Stream:
             selectors.fit(method, self.tasks[position], self.settings, self.accelerator)
             told, x_tail = selectors.evaluate(method, self.tasks, self.settings, self.accelerator, all_classes)
             progress.selection.append(told)
-            progress.x_tail += [x_tail] if all_classes else []
+            progress.x_tail += [x_tail] if all_classes is not None else []
             progress.selector_bytes = {name: s.bytes_per_task for name, s in selectors.selectors.items()}
         elif all_classes is not None:
             progress.x_tail.append([[None, None, self.accuracies_among(method, all_classes)]])

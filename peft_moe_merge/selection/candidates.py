@@ -6,7 +6,7 @@ Shapes: C candidates, K classes of a task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,10 +21,17 @@ class Candidates:
     Attributes:
         allowed: ids of the tasks that may route it.
         complete: whether every candidate is a class of an allowed task, so that no image can be of none of them.
+        shared: of each allowed task the candidates, by position, that are its classes.
     """
 
     allowed: tuple[int, ...]
     complete: bool
+    shared: tuple[frozenset[int], ...] = field(default=(), compare=False)
+
+    def ruled_out(self, task: int) -> frozenset[int]:
+        """Return the candidates that an image of a task can't be: classes of other allowed tasks and not of this one."""
+        known = dict(zip(self.allowed, self.shared, strict=True))
+        return frozenset().union(*self.shared) - known[task]
 
 
 def same_name(name: str) -> str:
@@ -75,8 +82,9 @@ def tasks_of_candidates(
     known = [[same_name(name) for name in of_task] for of_task in classes]
     whole = [task for task, names in enumerate(known) if set(names) <= set(wanted)]
     if set(wanted) == {name for task in whole for name in known[task]}:
-        return Candidates(tuple(whole), complete=True)
-    allowed, explained = [], set()
+        shared = (frozenset(row for row, name in enumerate(wanted) if name in known[task]) for task in whole)
+        return Candidates(tuple(whole), complete=True, shared=tuple(shared))
+    allowed, shared, explained = [], [], set()
     for task, names in enumerate(known):
         shared_wanted = {row for row, name in enumerate(wanted) if name in names}
         shared_names = {column for column, name in enumerate(names) if name in wanted}
@@ -86,5 +94,6 @@ def tasks_of_candidates(
                 shared_names.add(column)
         if min(len(shared_wanted), len(shared_names)) >= OVERLAP * min(len(wanted), len(names)):
             allowed.append(task)
+            shared.append(frozenset(shared_wanted))
             explained |= shared_wanted
-    return Candidates(tuple(allowed), complete=len(explained) == len(wanted))
+    return Candidates(tuple(allowed), complete=len(explained) == len(wanted), shared=tuple(shared))

@@ -199,7 +199,7 @@ class IncrementalSelector(Selector):
                 no task to learn it from; it is a prior.
 
         Returns:
-            B x (T + 1), the last for none; rows add up to 1.
+            B x (T + 1), float32, the last for none; rows add up to 1.
 
         Raises:
             RuntimeError, ValueError: what `select` raises; `unknown` out of range.
@@ -210,8 +210,8 @@ class IncrementalSelector(Selector):
         if allowed is not None:
             ruled_out = [task for task in range(len(self.tasks)) if task not in allowed]
             scores_BT = scores_BT.index_fill(1, torch.tensor(ruled_out, device=scores_BT.device).long(), -torch.inf)
-        likely_BT = (self.temperature * scores_BT.double()).softmax(dim=1)
-        none_B = (task_ids_B == NONE).double().clamp_min(unknown if may_be_none else 0.0)[:, None]
+        likely_BT = (self.temperature * scores_BT).softmax(dim=1)
+        none_B = (task_ids_B == NONE).to(likely_BT).clamp_min(unknown if may_be_none else 0.0)[:, None]
         return torch.cat([likely_BT * (1 - none_B), none_B], dim=1)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPProcessor
 from peft_moe_merge import ContinualClassifier, MoELoraMergeConfig, TaskClasses
 from peft_moe_merge.inference.classifier import write_classes
 from peft_moe_merge.mtil.data.mini import mini_clip_path
-from peft_moe_merge.selection import GaussianSelector
+from peft_moe_merge.selection import DiscriminantSelector, GaussianSelector
 
 TASKS = {
     "pets": TaskClasses(("cat", "dog", "rabbit"), ("a photo of a {}.", "a drawing of the {}.")),
@@ -177,8 +177,8 @@ def test_candidates_tell_the_task(processor) -> None:
         (pets, ["pets"] * 3),  # whatever they look like
         (["dog", "Rabbit"], ["pets"] * 3),
         (["tree", "car"], [None] * 3),
-        ([*pets, "circle"], ["pets", "shapes", better]),  # one of the two
-        ([*pets, "circle", "tree"], ["pets", "shapes", None]),
+        ([*pets, "circle"], ["pets", "shapes", better]),  # one of the two, by its own classes
+        ([*pets, "circle", "tree"], ["pets", "shapes", None]),  # or none of them: all classes
         (["dog", "tree"], ["pets", None, None]),
     ):
         predictions = classifier(images, candidates=candidates)
@@ -190,8 +190,58 @@ def test_candidates_tell_the_task(processor) -> None:
             prompts = {name: (known | plain)[name.lower()] for name in candidates}
             prompts = {name: [form.replace(name.lower(), name) for form in forms] for name, forms in prompts.items()}
             assert list(prediction.probabilities) == candidates
-            reference = probabilities(without, processor, image, task, prompts)
+            if "circle" in candidates and task is not None:  # both tasks are possible: the other's own classes are out
+                of_other = {"dog", "rabbit"} if task == "shapes" else {"circle"}
+                prompts = {name: forms for name, forms in prompts.items() if name not in of_other}
+                reference = dict.fromkeys(candidates, 0.0) | probabilities(without, processor, image, task, prompts)
+            else:
+                reference = probabilities(without, processor, image, task, prompts)
             assert prediction.probabilities == pytest.approx(reference, abs=1e-4)
+
+
+def test_likely_tasks_are_mixed(processor) -> None:
+    """Against each task's own answer, added up by the posterior; with and without candidates."""
+    model, without = adapted(), adapted()
+    selector = DiscriminantSelector(shrinkage=(0.5,), shared=(1.0,), reject_rate=0.05)
+    for task, brightness in (("pets", 90), ("shapes", 92)):  # hardly told apart
+        pixels = processor(images=bright(brightness, 300), return_tensors="pt")["pixel_values"]
+        selector.fit(task, model.frozen_features(selector.source, pixels))
+    model.attach_selector(selector)
+    hard, soft = (ContinualClassifier(model, processor, TASKS, batch_size=2, soft=soft) for soft in (False, True))
+    images = [*bright(90, 2, seed=2), *bright(92, 2, seed=3), *pictures(1)]
+    pets, shapes = prompts_of("pets"), prompts_of("shapes")
+    tree = {"tree": ["a photo of a tree."]}
+    of_all = {None: {**shapes, **pets}, "pets": pets, "shapes": shapes}
+    of_candidates = {None: {**of_all[None], **tree}, "pets": {**pets, **tree}, "shapes": {**shapes, **tree}}
+    mixed = 0
+    for candidates, prompts in ((None, of_all), (list(of_candidates[None]), of_candidates)):
+        for image, prediction, alone in zip(
+            images, soft(images, candidates=candidates), hard(images, candidates=candidates), strict=True
+        ):
+            pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+            scores = selector.decision_function(model.frozen_features(selector.source, pixels))[0].double()
+            none = 0.2 if (scores - selector.thresholds())[scores.argmax()] >= 0 else 1.0
+            shares = [*((1 - none) * (selector.temperature * scores).softmax(dim=0)).tolist(), none]
+            expected, kept = {}, {}
+            for route in sorted(range(3), key=lambda route: -shares[route]):
+                if sum(kept.values()) < 0.95:
+                    kept[route] = shares[route]
+            mixed += len(kept) > 1
+            for route, share in kept.items():
+                task = [*TASKS, None][route]
+                for name, probability in probabilities(without, processor, image, task, prompts[task]).items():
+                    expected[name] = expected.get(name, 0) + share / sum(kept.values()) * probability
+            got = {name: value for name, value in prediction.probabilities.items() if name in expected}
+            assert got == pytest.approx(expected, abs=1e-4) and sum(got.values()) == pytest.approx(1, abs=1e-5)
+            assert prediction.label == max(expected, key=expected.get)
+            assert prediction.score == pytest.approx(expected[prediction.label], abs=1e-4)
+            assert prediction.task == [*TASKS, None][max(kept, key=kept.get)] == alone.task
+    assert mixed > 4
+    assert soft(images, task=0) == hard(images, task=0), "nothing to choose"
+    assert soft(images[0], candidates=["dog", "rabbit"]) == hard(images[0], candidates=["dog", "rabbit"])
+    gaussian = ContinualClassifier(with_selector(processor), processor, TASKS, soft=True)
+    with pytest.raises(ValueError, match=r"soft=True .* a GaussianSelector does not have: attach a Discriminant"):
+        gaussian(images[0])
 
 
 def test_candidates_without_a_selector(classifier, model, processor) -> None:
@@ -238,12 +288,13 @@ def test_candidates_that_mean_the_same(model, processor) -> None:
 def test_a_selector_that_lags_behind_is_named(processor) -> None:
     model = with_selector(processor)
     model.add_task("cars")
-    classifier = ContinualClassifier(model, processor, {**TASKS, "cars": ["van", "bus"]})
-    for candidates in (None, ["cat"], ["van", "bus", "dog", "rabbit", "cat"]):
-        with pytest.raises(
-            ValueError, match=r"selector knows the tasks \['pets', 'shapes'\], the adapter has .*'cars'"
-        ):
-            classifier(pictures(1), candidates=candidates)
+    for soft in (True, False):
+        classifier = ContinualClassifier(model, processor, {**TASKS, "cars": ["van", "bus"]}, soft=soft)
+        for candidates in (None, ["cat"], ["van", "bus", "dog", "rabbit", "cat"]):
+            with pytest.raises(
+                ValueError, match=r"selector knows the tasks \['pets', 'shapes'\], the adapter has .*'cars'"
+            ):
+                classifier(pictures(1), candidates=candidates)
     assert classifier(pictures(1), candidates=["bus", "van"])[0].task == "cars", "known without it"
 
 

@@ -5,12 +5,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from small_methods import SETTINGS, make, run, tasks
 
 from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 SEED = 5
 
@@ -105,6 +107,30 @@ def test_a_task_not_learnt_is_left_to_clip(run):
     for row in range(3):
         assert matrix[row][row + 1 :] == zero_shot[row + 1 :]
     assert all(matrix[row][row] > zero_shot[row] + 20 for row in range(3)), "digits are learnt from random features"
+
+
+def test_among_the_classes_of_all_tasks_in_the_stream(tasks, tmp_path):
+    """X-TAIL as the stream runs it, against counting by hand. CLIP, which knows few digits, decides who is asked."""
+    settings = StreamSettings(protocol="x_tail", lr=[1e-3])
+
+    def build():
+        return METHODS["rail"](*load_clip(mini_clip_path()), SETTINGS)
+
+    progress = run_stream(tasks, build, settings, tmp_path, Accelerator(cpu=True), seed=SEED, stop_after=2)
+    ((selector, decision, accuracies),) = progress.x_tail[-1]
+    assert selector is None and decision is None
+    method = build()
+    method.load(tmp_path / "after_2")
+    method.encode_classes([own for task in tasks for own in prompts_of(task.class_names, task.templates)], None)
+    first = 0
+    for task, accuracy in zip(tasks, accuracies, strict=True):
+        images = [image.convert("RGB") for image in task.test["image"]]
+        pixels = method.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            chosen = method.image_features(pixels).argmax(dim=1) - first
+        hits = sum(int(one == label) for one, label in zip(chosen.tolist(), task.test["label"], strict=True))
+        assert accuracy == pytest.approx(100 * hits / len(images))
+        first += len(task.class_names)
 
 
 @pytest.mark.parametrize("changed", [{"rail_features": 0}, {"rail_ridge": 0.0}, {"rail_fusion": 1.5}])

@@ -35,7 +35,8 @@ def test_adapters_token_by_token():
                 weight.normal_()
     y = layer(x)
     for image in range(2):
-        scores = [column(x[image].mean(0)).item() for column in layer.columns]
+        seen = x[image].mean(0) / x[image].mean(0).norm()
+        scores = [column(seen).item() for column in layer.columns]
         shares = torch.tensor(scores).softmax(0)
         for token in range(5):
             expected = mlp(x[image, token])
@@ -108,7 +109,7 @@ def test_a_layer_grows_where_all_z_scores_are_above_the_threshold(sema, tasks):
 
 
 def test_a_task_that_is_new_nowhere_takes_no_steps(run, tasks):
-    settings = MethodSettings(**{**vars(SETTINGS), "sema_threshold": 1e9})
+    settings = MethodSettings(**{**vars(SETTINGS), "sema_threshold": 1e9, "sema_always": 0})
     progress = run("sema", settings=settings)
     assert [len(losses) for losses in progress.losses] == [3, 0, 0]
     assert [of_task["grown"] for of_task in progress.history] == [["block_0", "block_1", "block_2"], [], []]
@@ -116,15 +117,20 @@ def test_a_task_that_is_new_nowhere_takes_no_steps(run, tasks):
 
 
 def test_images_seen_before_are_not_new_and_noise_is(sema, tasks):
-    method = sema(sema_threshold=1.0)
+    method = sema(sema_threshold=1.0, sema_always=0)
     learn_somehow(method, tasks[0])
     method.begin_task(replace(tasks[0], name="again"))
     assert method.grown == [] and method.trainable_parameters() == []
+    method.settings.sema_always = 2
+    method.begin_task(replace(tasks[0], name="and again"))
+    assert method.grown == ["block_1", "block_2"], "without asking"
     noise = {layer: 3 * torch.randn(50, 64) for layer in method.layers}
     assert all(method.is_new(layer, x) for layer, x in noise.items())
 
 
-@pytest.mark.parametrize("changed", [{"sema_layers": 0}, {"sema_r": 0}, {"sema_bottleneck": 0}, {"sema_lr": 0.0}])
+@pytest.mark.parametrize(
+    "changed", [{"sema_layers": 0}, {"sema_r": 0}, {"sema_bottleneck": 0}, {"sema_always": -1}, {"sema_lr": 0.0}]
+)
 def test_settings_are_checked(changed):
     with pytest.raises(ValueError, match=f"`{next(iter(changed))}` must"):
         MethodSettings(**changed)

@@ -83,3 +83,13 @@ def test_what_can_not_be_put_together_is_refused(monkeypatch):
     monkeypatch.setitem(type(accelerator.state)._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="Launch it data parallel .DDP., or sharded by FSDP2"):
         Stream(load_suite("digits"), StreamSettings(), accelerator)
+
+
+@pytest.mark.parametrize("name", ["o_lora", "inflora", "lora_soup", "magmax", "coda_prompt", "sema"])
+def test_methods_that_can_not_be_sharded_say_so(name, monkeypatch):
+    stream = Stream(load_suite("digits"), StreamSettings(), Accelerator(cpu=True))
+    stream.check(METHODS[name], MethodSettings())
+    monkeypatch.setitem(type(stream.accelerator.state)._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=f"{name} can't be trained in parts .FSDP2.. Launch it data parallel"):
+        stream.check(METHODS[name], MethodSettings())
+    stream.check(METHODS["moe_lora_pool"], MethodSettings())

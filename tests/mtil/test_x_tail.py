@@ -238,6 +238,9 @@ def test_loras_as_routes(tasks, routed):
 def test_a_selector_is_needed(tasks, tmp_path):
     with pytest.raises(ValueError, match=r"moe_lora_pool needs a selector to route by: `--selectors discriminant`"):
         run(tmp_path, tasks, "moe_lora_pool", selectors=[])
+    twice = [tasks[0], dataclasses.replace(tasks[1], class_names=("four", "five", "four"))]
+    with pytest.raises(ValueError, match=r"Classes named twice: \['four'\]"):
+        run(tmp_path, twice, "moe_lora_pool")
     assert not list(tmp_path.iterdir()), "before anything trains"
     experiment = Experiment(DataSettings(suite="digits"), training=StreamSettings(protocol="x_tail"))
     experiment.check(["zero_shot", "icarl"], [0], tmp_path)
@@ -276,5 +279,6 @@ def test_results_tables_and_page(tmp_path):
     read = json.loads((tmp_path / "results.json").read_text())["methods"]["zero_shot"][0]["x_tail"]
     assert read[0]["selector"] is None and read[0]["last"] == 3.5
     assert "X-TAIL" in write_report(results, tmp_path)[-1].read_text()
+    assert (tmp_path / "figures" / "x_tail.png").stat().st_size > 5000
     results["methods"] = {"lora": results["methods"]["lora"]}
     assert x_tail_rows(results) == [] and "X-TAIL" not in write_report(results, tmp_path)[-1].read_text()

@@ -31,6 +31,18 @@ def test_by_names(candidates, allowed, complete):
     assert (evidence.allowed, evidence.complete) == (allowed, complete)
 
 
+def test_what_a_chosen_task_rules_out():
+    """Classes of other allowed tasks alone: not its own, not those that no such task has."""
+    evidence = tasks_of_candidates(["soup", "Dog", "car", "cat", "square", "rabbit", "circle"], CLASSES)
+    assert evidence.allowed == (0, 1, 2) and not evidence.complete
+    assert [evidence.ruled_out(task) for task in (0, 1, 2)] == [{0, 4, 6}, {0, 1, 5}, {1, 3, 4, 5, 6}]
+    evidence = tasks_of_candidates([*FOOD, *PETS], CLASSES)
+    assert evidence.complete and [evidence.ruled_out(task) for task in (0, 2)] == [{0, 1}, {2, 3, 4}]
+    like = {0: [[0.97, 0.5, 0.3], [0.1] * 3, [0.1] * 3], 1: [[0.1] * 3] * 3, 2: [[0.1] * 2, [0.96, 0.1], [0.1] * 2]}
+    evidence = tasks_of_candidates(["kitten", "pie", "car"], CLASSES, lambda task: torch.tensor(like[task]))
+    assert evidence.allowed == (2,) and evidence.ruled_out(2) == frozenset(), "pets share one of three: not allowed"
+
+
 def test_identical_lists_leave_the_choice():
     evidence = tasks_of_candidates(["dog", "cat"], [("cat", "dog"), ("dog", "cat"), ("dog", "cow")])
     assert evidence.allowed == (0, 1) and evidence.complete

@@ -86,11 +86,15 @@ class Method(ABC):
 
     Attributes:
         model: what is trained, and saved.
+        trains: whether it takes optimizer steps.
+        shardable: whether a copy of its model can be trained in parts (FSDP2): not where `end_task` changes what modules there
+            are, or modules are held apart from the model.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[Settings]] = Settings
     trains: ClassVar[bool] = True
+    shardable: ClassVar[bool] = True
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         self.model: nn.Module = clip

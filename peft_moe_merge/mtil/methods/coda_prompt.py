@@ -31,7 +31,7 @@ class CodaSettings(Settings):
         5, "coda_prompt: first blocks of the vision tower that get prompts, all if there are fewer"
     )
     coda_weight: float = setting(0.0, "coda_prompt: of the loss that keeps components orthogonal; 0.1 in the paper")
-    coda_lr: float = setting(1e-2, "coda_prompt: peak learning rate")
+    coda_lr: float = setting(3.2e-1, "coda_prompt: peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,6 +130,7 @@ class CodaPrompt(Method):
 
     name = "coda_prompt"
     settings_class = CodaSettings
+    shardable = False
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

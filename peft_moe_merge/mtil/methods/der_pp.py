@@ -44,13 +44,12 @@ class DERSettings(ReplaySettings):
 class DERPP(WholeClip):
     """Full fine-tuning with a reservoir of images, their labels and their logits when they came in.
 
-    Buzzega et al., Dark experience for general continual learning: a strong, simple baseline, arXiv 2004.07211, equation
-    6 and its algorithm 2: the loss has alpha times the mean squared distance of some images' logits to those kept, and
-    beta times the cross-entropy of some others, `extra_batch_size` of
-    each. Every image that was trained on has the same chance to be in the
-    reservoir. In the place of one output layer for all classes an image is compared with the class prompts of its own
-    task; that layer's logits are CLIP's similarities times its logit scale. Images are kept as cropped, in eight bits, and
-    replayed without further augmentation.
+    Buzzega et al., Dark experience for general continual learning: a strong, simple baseline, arXiv 2004.07211. The loss
+    has alpha times the mean squared distance of some images' logits to those kept, and beta times the cross-entropy of
+    some others, `extra_batch_size` of each. Every image that was trained on has the same chance to be in the reservoir. In
+    the place of one output layer for all classes an image is compared with the class prompts of its own task; that
+    layer's logits are CLIP's similarities times its logit scale. Images are kept as cropped, in eight bits, and replayed
+    without further augmentation.
 
     Attributes:
         seen: images that were trained on.

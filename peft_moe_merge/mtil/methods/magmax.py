@@ -30,8 +30,8 @@ class MagMax(KeptLoras):
     Marczak et al., MagMax: leveraging model merging for seamless continual learning, arXiv 2407.06322. A task vector is
     the change from the pretrained weights to those that the sequence has reached when a task ends; training goes on from
     there, not from the merged weights. There all weights are trained, here a LoRA per task on top of those before, so
-    that the task vectors are the LoRAs' running sums. That paper chooses a factor on held-out data; ours is 1, with
-    which the first task's model is the one that learnt it.
+    that the task vectors are the LoRAs' running sums. With the default factor of 1 the first task's model is the one that
+    learnt it.
     """
 
     name = "magmax"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import CLIPModel, CLIPProcessor
 
@@ -25,6 +25,10 @@ class PoolSettings(LowRankSettings):
     max_experts: int | None = setting(
         None, "moe_lora_pool: bound of the pool; a full one merges its most alike experts"
     )
+    pool_strategy: Literal["average", "aligned", "product", "keep_used"] = setting(
+        "product", "moe_lora_pool: how two experts of a full pool become one"
+    )
+    pool_pair: Literal["most_similar", "random"] = setting("most_similar", "moe_lora_pool: which two do")
     pool_r: int = setting(8, "moe_lora_pool: rank of an expert")
     pool_lr: float = setting(1e-2, "moe_lora_pool: peak learning rate")
 
@@ -43,6 +47,8 @@ class PoolSettings(LowRankSettings):
             max_experts=self.max_experts,
             r=self.pool_r,
             lora_alpha=float(self.pool_r),
+            merge_strategy=self.pool_strategy,
+            merge_pair=self.pool_pair,
             use_rslora=self.use_rslora,
         )
 

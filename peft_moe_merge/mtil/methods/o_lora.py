@@ -32,7 +32,7 @@ class OLoraSettings(LoraSettings):
 class OLora(KeptLoras):
     """The loss has, per linear layer, the squared entries of `A_i A^T`, A new and A_i of each earlier LoRA.
 
-    Wang et al., Orthogonal subspace learning for language model continual learning, arXiv 2310.14152, equations 6 to 8.
+    Wang et al., Orthogonal subspace learning for language model continual learning, arXiv 2310.14152.
     All LoRAs are summed, whichever task is tested. Here they are in both towers of CLIP and all linear layers, as those
     of the other methods, where that paper has them in the queries and values of a language model.
     """

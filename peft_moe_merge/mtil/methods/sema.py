@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
@@ -29,11 +30,13 @@ class SemaSettings(Settings):
     sema_r: int = setting(16, "sema: width of an adapter")
     sema_bottleneck: int = setting(32, "sema: hidden units of the autoencoder that describes an adapter's inputs")
     sema_threshold: float = setting(1.0, "sema: standard deviations above the usual error from which inputs are new")
+    sema_always: int = setting(1, "sema: last blocks that grow with every task, new or not; 0 in the paper")
     sema_lr: float = setting(2e-2, "sema: peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()
         check_at_least(self, 1, "sema_layers", "sema_r", "sema_bottleneck")
+        check_at_least(self, 0, "sema_always")
         check_positive(self, "sema_lr")
 
 
@@ -63,7 +66,8 @@ class Adapters(nn.Module):
         y_BLD = self.mlp(x_BLD)
         if not len(self.adapters):
             return y_BLD
-        seen_BD = x_BLD.mean(dim=1)
+        # of unit length: scores of long vectors would soon be so far apart that a new adapter gets no gradient
+        seen_BD = F.normalize(x_BLD.mean(dim=1), dim=1)
         weights_BK = torch.cat([column(seen_BD) for column in self.columns], dim=1).softmax(dim=1)
         for adapter, weight_B in zip(self.adapters, weights_BK.T, strict=True):
             y_BLD = y_BLD + weight_B[:, None, None] * adapter(x_BLD)
@@ -76,12 +80,14 @@ class Sema(Method):
     Wang et al., Self-expansion of pre-trained models with mixture of adapters for continual learning, arXiv 2403.18886. An
     autoencoder describes the inputs of the task that its adapter was trained with. Its error on an image, in standard
     deviations from the mean there, is a z-score; a layer grows where the task's mean z-score is above the threshold for
-    every autoencoder, and always for the first task. New adapters and their router columns learn, all else is frozen; a
-    task that is new nowhere is not trained. At test time all adapters are used, whichever task is tested.
+    every autoencoder, and always for the first task. New adapters and their router columns learn, all else is frozen. At
+    test time all adapters are used, whichever task is tested. That paper trains a classifier with every task, so that one
+    whose inputs are not new can be learnt; CLIP has its class prompts instead, so here the last block grows with every
+    task (`sema_always`; with 0 a task that is new nowhere is not trained).
 
     Simplified: all layers are scanned before training, where that paper lets a layer see what shallower new adapters have
     learnt; autoencoders are those of the selectors, on the mean token, and are fitted when a task's training is over; the
-    decision is one per task, by all its training images. Texts are encoded by the frozen text tower.
+    decision is one per task, by all its training images; routers read the mean token, of unit length. Texts are encoded by the frozen text tower.
 
     Attributes:
         descriptors: by layer, its autoencoders.
@@ -91,6 +97,7 @@ class Sema(Method):
 
     name = "sema"
     settings_class = SemaSettings
+    shardable = False
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         super().__init__(clip, processor, settings)
@@ -109,7 +116,8 @@ class Sema(Method):
         self._wrap()
         self.model.requires_grad_(False)
         inputs = self.layer_inputs()
-        self.grown = [layer for layer in self.layers if self.is_new(layer, inputs[layer])]
+        always = list(self.layers)[max(0, len(self.layers) - self.settings.sema_always) :]
+        self.grown = [layer for layer in self.layers if layer in always or self.is_new(layer, inputs[layer])]
         with torch.random.fork_rng(devices=[]):  # all methods see the same crops
             for layer in self.grown:
                 self._grow(layer)

@@ -36,6 +36,7 @@ METRICS_CAPTION = (
 )
 SECTIONS = {  # of pictures, by the first word of their names
     "metrics": "Transfer, Average, Last",
+    "x_tail": "X-TAIL: Transfer, Average, Last",
     "plasticity": "What is learnt",
     "accuracy": "Accuracy after each task",
     "selection": "Which task is an image from?",

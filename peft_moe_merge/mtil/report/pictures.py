@@ -19,7 +19,7 @@ from .expert_figures import (
     usage_figure,
 )
 from .figures import accuracy_figure, confusion_figure, growth, loss_figure, metric_figure, plasticity
-from .tables import selectors
+from .tables import selectors, x_tail_runs
 
 Runs = list[dict[str, Any]]
 Pictures = dict[str, tuple[Figure, str]]
@@ -47,6 +47,13 @@ def draw_all(results: dict[str, Any]) -> Pictures:
             pictures["plasticity"] = (
                 plasticity({name: [run["matrix"] for run in runs] for name, runs in methods.items()}, tasks),
                 "Accuracy on each task right after its training; mean over seeds, and bands: Student's 95 % interval where "
+                "there are several.",
+            )
+        if of_x_tail := x_tail_runs(results):
+            labelled = {", ".join(part for part in how if part != "nobody"): runs for how, runs in of_x_tail.items()}
+            pictures["x_tail"] = (
+                metric_figure(labelled),
+                "Among the classes of all tasks, nobody names the task; mean over seeds, with Student's 95 % interval where "
                 "there are several.",
             )
         for name, runs in methods.items():

@@ -183,17 +183,24 @@ def _selection_row(runs: list[dict[str, Any]], selector: str, decision: str) -> 
     ]
 
 
+def x_tail_runs(results: dict[str, Any]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Gather the metrics of X-TAIL of all seeds, by method, who chose the task, and how it was decided."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for method, runs in results["methods"].items():
+        for run in runs:
+            for told in run.get("x_tail") or []:
+                how = ("nobody", "all classes")
+                if told["selector"] is not None:
+                    how = told["selector"], X_TAIL_LABELS.get(told["decision"], told["decision"])
+                found.setdefault((method, *how), []).append({"seed": run["seed"], **told})
+    return found
+
+
 def x_tail_rows(results: dict[str, Any]) -> Rows:
     """Lay out one row per method, selector and decision: the metrics of X-TAIL. Empty if no run has any."""
     rows = [["method", "task chosen by", "decided", *map(str.capitalize, COMPARED)]]
-    for method, runs in results["methods"].items():
-        found: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
-        for run in runs:
-            for told in run.get("x_tail") or []:
-                found.setdefault((told["selector"], told["decision"]), []).append(told)
-        for (selector, decision), of_seeds in found.items():
-            how = ["nobody", "all classes"] if selector is None else [selector, X_TAIL_LABELS.get(decision, decision)]
-            rows.append([method, *how, *(spread(over_seeds(of_seeds, metric), 2) for metric in COMPARED)])
+    for how, of_seeds in x_tail_runs(results).items():
+        rows.append([*how, *(spread(over_seeds(of_seeds, metric), 2) for metric in COMPARED)])
     return rows if len(rows) > 1 else []
 
 

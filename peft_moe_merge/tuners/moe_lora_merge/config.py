@@ -83,9 +83,11 @@ class MoELoraMergeConfig(AdapterConfig):
             as the paper does) or "normalized" (what the block itself reads).
         routing: "sample" (token 0 of a sample decides for all its tokens, as the paper does) or "token" (every token
             decides for itself, and counts; for `nn.Linear` targets).
-        merge_pair: which two experts merge, "most_used" (the paper's) or "most_similar" among the frequently used.
+        merge_pair: which two experts merge, "most_used" (the paper's), "most_similar" among the frequently used, or, as a
+            control, "random". A full pool merges its most alike experts, whatever this says but "random".
         merge_strategy: how they become one, "average" (the paper's), "aligned" (hidden units are matched first) or
-            "product" (the best low-rank approximation of the usage-weighted sum of their updates; identity experts).
+            "product" (the best low-rank approximation of the usage-weighted sum of their updates; identity experts), or,
+            as a control, "keep_used" (the more selected one stays as it is, the other is lost).
         merge_routing: what becomes of the routers, "keep" (the paper's: the union overwrites a third expert, whose column
             stays), "mean" (that column becomes the mean of the two experts') or "redirect" (all that chose one of the two
             get the union, and the other's place is free again; reserved experts).
@@ -150,10 +152,10 @@ class MoELoraMergeConfig(AdapterConfig):
     routing: Literal["sample", "token"] = field(
         default="sample", metadata={"help": "Who decides which experts are taken: a sample, or each of its tokens."}
     )
-    merge_pair: Literal["most_used", "most_similar"] = field(
+    merge_pair: Literal["most_used", "most_similar", "random"] = field(
         default="most_used", metadata={"help": "Which two experts merge."}
     )
-    merge_strategy: Literal["average", "aligned", "product"] = field(
+    merge_strategy: Literal["average", "aligned", "product", "keep_used"] = field(
         default="average", metadata={"help": "How two experts become one."}
     )
     merge_routing: Literal["keep", "mean", "redirect"] = field(

@@ -53,8 +53,8 @@ class ExpertPool:
         return {name: list(range(len(bank))) for name, bank in banks.items()}
 
     def _make_room(self, bank: ExpertBank, routers: RouterBank) -> None:
-        merge = choose_room(list({expert for known in routers.columns.lists for expert in known}), bank.expert)
-        self._unite(bank, routers, merge, routers.usage.sum(dim=0))
+        used, usage_E = list({e for known in routers.columns.lists for e in known}), routers.usage.sum(dim=0)
+        self._unite(bank, routers, choose_room(used, usage_E, bank.expert, self._config.merge_pair), usage_E)
 
     def expert_usage(self, task: str | None = None) -> dict[str, Tensor]:
         """Tell how often a task selected each expert in training, since it began.

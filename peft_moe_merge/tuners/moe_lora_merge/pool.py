@@ -5,6 +5,7 @@ Source: arXiv 2405.11530, Algorithm 1, whose text (the least selected expert is 
 listing differs.
 """
 
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,9 +79,18 @@ def most_alike(candidates: list[int], experts: Callable[[int], Expert]) -> tuple
     return candidates[i], candidates[j]
 
 
+def random_pair(usage_E: Tensor, experts: Callable[[int], Expert]) -> tuple[int, int]:
+    """Draw two of the experts: a control, to see what the choice of the pair is worth. The same counts give the same pair."""
+    usage = usage_E.tolist()
+    open_to_it = [expert for expert, count in enumerate(usage) if count >= 0]
+    first, second = random.Random(str(usage)).sample(open_to_it, 2)
+    return first, second
+
+
 PAIRS: dict[str, Callable[[Tensor, Callable[[int], Expert]], tuple[int, int]]] = {
     "most_used": most_used_pair,
     "most_similar": most_similar_pair,
+    "random": random_pair,
 }
 """Which two experts merge, by the name used in `MoELoraMergeConfig.merge_pair`."""
 
@@ -131,17 +141,24 @@ def choose_union(
     return Merge(first, first, second) if {first, second} <= set(own) else None
 
 
-def choose_room(used: list[int], experts: Callable[[int], Expert]) -> Merge:
+def choose_room(used: list[int], usage_E: Tensor, experts: Callable[[int], Expert], pair: str = "most_used") -> Merge:
     """Decide which two experts of old tasks become one, to make room: the most alike ones, of those that anybody uses.
 
     Where none are alike, as before they have learnt, the first two.
 
     Args:
         used: the experts that somebody uses, two at least.
+        usage_E: how often each expert was selected by all tasks.
         experts: gives an expert's tensors by its index.
+        pair: "random" draws the two; any other name in `PAIRS` takes the most alike.
     """
     used = sorted(used)
-    first, second = most_alike(used, experts) or used[:2]
+    if pair == "random":
+        among_E = torch.full_like(usage_E, -1)
+        among_E[used] = usage_E[used]
+        first, second = sorted(random_pair(among_E, experts))
+    else:
+        first, second = most_alike(used, experts) or used[:2]
     return Merge(first, first, second)
 
 
@@ -206,10 +223,16 @@ def product(first: Expert, second: Expert, share: float = 0.5) -> Expert:
     return {name: F.pad(tensor, (0, 0, 0, rank - len(tensor))).to(first[name].dtype) for name, tensor in union.items()}
 
 
+def keep_used(first: Expert, second: Expert, share: float = 0.5) -> Expert:
+    """Keep the expert with more selections as it is, and lose the other: a control, to see what a union is worth."""
+    return {name: tensor.clone() for name, tensor in (first if share >= 0.5 else second).items()}
+
+
 STRATEGIES: dict[str, Callable[[Expert, Expert, float], Expert]] = {
     "average": average,
     "aligned": aligned,
     "product": product,
+    "keep_used": keep_used,
 }
 """How two experts become one, by the name used in `MoELoraMergeConfig.merge_strategy`."""
 
