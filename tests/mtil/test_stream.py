@@ -18,6 +18,7 @@ from peft_moe_merge.mtil.clip import load_clip, small_clip
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.report.closing import closing
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mtil.py"
@@ -157,6 +158,7 @@ def test_example(tmp_path):
         assert expected in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["suite"] == "digits" and len(results["tasks"]) == 3
+    assert done.stdout.rstrip().splitlines()[-2:] == closing(results, tmp_path / "report.html")
     (result,) = results["methods"]["moe_lora_merge"]
     assert {
         "seed",
