@@ -10,8 +10,9 @@
 A full pool merges the two most alike experts of old tasks to make room; both tasks' routers then point to the union. Controls,
 one thing changed at a time: a random pair; one of the two kept in place of a union; the mean of factors in place of the best
 low-rank sum; as many bytes without merging, in experts of a smaller rank; as many slots without merging, one expert a task,
-where there are enough; and a pool without a bound, which shows what there is to lose. Not among them: a union without
-redirected routers, which leaves old tasks without experts; what that does is the published form, in docs/merging.md.
+where there are enough; and a pool without a bound, which shows what there is to lose. With and without a bound also at a
+quarter of the rate: where so few steps learn too fast, a union can look good for being an average. Not among them: a union
+without redirected routers, which leaves old tasks without experts; what that does is the published form, in docs/merging.md.
 
 Every seed has an order of its own, the same for all variants. Each run is a file, so an interrupted study goes on where it was.
 *Just learnt* is the accuracy right after a task's training, *Last* that after the last task; *merged* is the share of the
@@ -41,6 +42,7 @@ from peft_moe_merge.report.statistics import estimate, over_seeds, paired_differ
 from peft_moe_merge.report.tables import Rows, difference, markdown, print_table, spread, terminal
 
 FREE = "no bound"
+SLOW = {"pool_lr": 2.5e-3}
 
 
 def bounded(experts: int, needed: int) -> dict[str, dict[str, Any]]:
@@ -48,7 +50,9 @@ def bounded(experts: int, needed: int) -> dict[str, dict[str, Any]]:
     bound = {"max_experts": experts}
     return {
         FREE: {},
+        f"{FREE}, slow": SLOW,
         f"{experts}: merged": bound,
+        f"{experts}: merged, slow": {**bound, **SLOW},
         f"{experts}: random pair": {**bound, "pool_pair": "random"},
         f"{experts}: one of two kept": {**bound, "pool_strategy": "keep_used"},
         f"{experts}: mean of factors": {**bound, "pool_strategy": "average"},
@@ -109,7 +113,7 @@ def rows_of(regime: str, runs: dict[str, list[dict]]) -> Rows:
     rows = [["variant", "seeds", "just learnt", "Last", "Δ Last to merged", "merged"]]
     for variant in REGIMES[regime][1]:
         known = runs.get(variant, [])
-        ours = variant if variant == FREE else f"{variant.partition(':')[0]}: merged"
+        ours = variant if variant.startswith(FREE) else f"{variant.partition(':')[0]}: merged"
         of_known = [spread(over_seeds(known, name)) for name in ("just_learnt", "last")]
         delta = difference(estimate(paired_differences(known, runs.get(ours, []), "last"))) if variant != ours else ""
         rows.append([variant, str(len(known)), *of_known, delta, spread(over_seeds(known, "merged"))])
@@ -120,7 +124,7 @@ def kept(folder: Path) -> Iterator[tuple[str, str, dict]]:
     """Read what there is."""
     for regime, (_, variants) in REGIMES.items():
         for variant in variants:
-            for file in sorted(folder.glob(f"{name_of(regime, variant)}_*.json")):
+            for file in sorted(folder.glob(f"{name_of(regime, variant)}_[0-9]*.json")):
                 yield regime, variant, json.loads(file.read_text())
 
 

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from peft_moe_merge.mtil.checkpoint import newest
 from peft_moe_merge.mtil.clip import ModelSettings
 from peft_moe_merge.mtil.data.suites import DataSettings
-from peft_moe_merge.mtil.experiment import Experiment, run_folder
+from peft_moe_merge.mtil.experiment import Experiment, has_experts_to_watch, run_folder
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.push import prepare_push, push_adapter
 from peft_moe_merge.mtil.report.card import METHOD
@@ -44,6 +44,9 @@ class RunSettings:
     output_dir: str = setting("runs/mtil", "where checkpoints, results and pictures go")
     resume: bool = setting(False, "go on with the runs in the output folder")
     stop_after: int | None = setting(None, "leave after so many tasks; --resume goes on")
+    expert_figures: bool = setting(
+        False, "note what experts do while they train, and show it in the report: selections, merges, growth"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, "default: what `accelerate launch` was told, or no"
     )
@@ -57,6 +60,12 @@ class RunSettings:
         check_at_least(self, 1, "stop_after")
         if self.push_to_hub and METHOD not in self.methods:
             raise ValueError(f"`push_to_hub` publishes the adapter of {METHOD}, but the methods are {self.methods}.")
+        if self.expert_figures and not any(map(has_experts_to_watch, self.methods)):
+            watched = ", ".join(filter(has_experts_to_watch, METHODS))
+            raise ValueError(
+                f"`expert_figures` shows experts, and none of the methods {self.methods} has any: add one of {watched}, or "
+                "leave the flag out."
+            )
 
 
 def main() -> None:
@@ -84,7 +93,8 @@ def main() -> None:
 
     for name in run.methods:
         for seed in run.seeds:
-            progress = experiment.run(name, seed, output_dir, resume=run.resume, stop_after=run.stop_after)
+            how = {"resume": run.resume, "stop_after": run.stop_after, "expert_figures": run.expert_figures}
+            progress = experiment.run(name, seed, output_dir, **how)
             if len(progress.matrix) == len(experiment.tasks):
                 add_run(results, name, run_result(seed, progress))
             else:

@@ -18,6 +18,7 @@ from .data.suites import DataSettings
 from .data.task import Task
 from .fingerprint import fingerprint
 from .methods import METHODS, MethodSettings
+from .methods.base import Method
 from .results import empty_results
 from .selection import SelectorSettings
 from .stream import Stream, StreamSettings
@@ -98,7 +99,14 @@ class Experiment:
                 checkpoint.load(run_folder(output_dir, name, seed), shaped_by, resume)
 
     def run(
-        self, method: str, seed: int, output_dir: str | Path, *, resume: bool = False, stop_after: int | None = None
+        self,
+        method: str,
+        seed: int,
+        output_dir: str | Path,
+        *,
+        resume: bool = False,
+        stop_after: int | None = None,
+        expert_figures: bool = False,
     ) -> Progress:
         """Let a method learn the stream; see `Stream.run`.
 
@@ -108,9 +116,17 @@ class Experiment:
             output_dir: of the experiment; the run has a folder of its own in it.
             resume: go on with the run that is there.
             stop_after: leave after so many tasks.
+            expert_figures: note what a report's pictures of experts show, of a method that has such.
         """
+
+        def build() -> Method:
+            made = METHODS[method](*self.build_clip(), self.methods)
+            if expert_figures and has_experts_to_watch(method):
+                made.watch_experts()
+            return made
+
         return self.stream(seed).run(
-            lambda: METHODS[method](*self.build_clip(), self.methods),
+            build,
             run_folder(output_dir, method, seed),
             seed=seed,
             resume=resume,
@@ -122,6 +138,11 @@ class Experiment:
         names = [task.name for task in self.tasks]
         told = {**self.settings, **further, "mixed_precision": self.accelerator.mixed_precision}
         return empty_results(self.data.suite, names, told, self.fingerprint)
+
+
+def has_experts_to_watch(method: str) -> bool:
+    """Tell whether the method of this name has experts of our tuner, which `expert_figures` shows."""
+    return callable(getattr(METHODS[method], "watch_experts", None))
 
 
 def run_folder(output_dir: str | Path, method: str, seed: int) -> Path:

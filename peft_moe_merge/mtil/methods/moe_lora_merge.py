@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from peft_moe_merge.selection import FeatureSource
 
 from ..data.batches import Batch
 from ..data.task import Task
+from ..expert_watch import ExpertWatch
 from ..settings import borrowed, check_at_least, check_positive, setting
 from .base import Method, Settings
 
@@ -68,6 +70,7 @@ class RoutedByTask(Method):
         callbacks: act when a task begins, after its steps and when it ends.
         merging: the one of them that merges and freezes experts.
         learnt: the tasks so far.
+        watch: notes what the experts do, for pictures; None notes nothing.
     """
 
     merging: ExpertMergeCallback
@@ -76,21 +79,37 @@ class RoutedByTask(Method):
         super().__init__(clip, processor, settings)
         self.callbacks: list[TaskCallback] = []
         self.learnt: list[str] = []
+        self.watch: ExpertWatch | None = None
+
+    def watch_experts(self) -> None:
+        """Note from now on what the experts do; `history` tells it. What is learnt stays the same."""
+        self.watch = ExpertWatch()
+
+    def _watched(self) -> AbstractContextManager[None]:
+        """What happens in it may merge experts."""
+        return nullcontext() if self.watch is None else self.watch.merging(self.model)
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if not isinstance(self.model, PeftModel):
+        new = not isinstance(self.model, PeftModel)
+        if new:
             self.model = get_peft_model(self.model, self.settings.config([task.name]))
-        else:
-            self.model.add_task(task.name)
+        if self.watch is not None:
+            self.watch.begin_task(self.model, task.train, self.processor.image_processor)
+        if not new:
+            with self._watched():
+                self.model.add_task(task.name)
         self.model.set_task(task.name)
         for callback in self.callbacks:
             callback.begin_task(self.model)
         self.learnt.append(task.name)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for callback in self.callbacks:
-            callback.step(self.model, optimizer)
+        with self._watched():
+            for callback in self.callbacks:
+                callback.step(self.model, optimizer)
+        if self.watch is not None:
+            self.watch.step(self.model)
 
     def end_task(self) -> None:
         for callback in self.callbacks:
@@ -114,7 +133,12 @@ class RoutedByTask(Method):
             "merges": self.merging.merges,
             "frozen": self.model.frozen_experts(),
             "usage": {block: counts_E.tolist() for block, counts_E in self.model.expert_usage().items()},
+            **self.watched(),
         }
+
+    def watched(self) -> dict[str, Any]:
+        """Tell what was noted of the experts in the task just ended; nothing where nothing was."""
+        return {} if self.watch is None else self.watch.history(self.model)
 
     def save(self, folder: Path) -> None:
         self.model.set_task(self.learnt[-1])

@@ -75,4 +75,4 @@ class MoELoraPool(RoutedByTask):
 
     def history(self) -> dict[str, Any]:
         # which experts a task takes is no news: all of its own
-        return {"experts": len(next(iter(self.model.expert_banks().values())))}
+        return {"experts": len(next(iter(self.model.expert_banks().values()))), **self.watched()}

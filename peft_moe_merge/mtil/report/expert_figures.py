@@ -119,7 +119,8 @@ def selection_over_training(snapshots: Mapping[str, Snapshots]) -> Figure:
         share_ET = np.full((experts, len(selected)), np.nan)
         for column, since in enumerate(selected):
             if block in since:
-                share_ET[:, column] = 100 * since[block] / max(1, since[block].sum())
+                # a pool grows: at first there were fewer experts
+                share_ET[: len(since[block]), column] = 100 * since[block] / max(1, since[block].sum())
         image = axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, share_ET, cmap="viridis", vmin=0, vmax=50)
         mark_tasks(axes, short_names(list(snapshots)), lengths)
         axes.set_xlim(0, sum(lengths))

@@ -23,6 +23,9 @@ GROWING = {  # measure -> what its axis says, and the unit's size
     "memory": ("memory (MB)", 1e6),
     "parameters": ("parameters (millions)", 1e6),
     "step_seconds": ("time of a step (ms)", 1e-3),
+    "resident": ("held by the process (MB)", 1e6),
+    "step_ratio": ("time of a step (x one task)", 1),
+    "add_seconds": ("time to add a task (ms)", 1e-3),
 }
 
 
@@ -88,8 +91,9 @@ def growth(measured: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> F
     """Draw what each further task costs.
 
     Args:
-        measured: per method, any of `memory` (bytes), `parameters` (number) and `step_seconds`, each S x T: one row a seed, one
-            column a number of tasks, from 1 on. What no method has gets no panel.
+        measured: per method, any of `memory` (bytes), `parameters` (number), `step_seconds`, `resident` (bytes), `step_ratio`
+            and `add_seconds`, each S x T: one row a seed, one column a number of tasks, from 1 on. What no method has gets no
+            panel.
 
     Raises:
         ValueError: there is nothing to draw.

@@ -43,6 +43,9 @@ SECTIONS = {  # of pictures, by the first word of their names
     "frozen": "Frozen experts",
     "usage": "Which experts a task uses",
     "merges": "Merges",
+    "selected": "Experts selected over training",
+    "activations": "Experts before and after merging",
+    "growth": "What a task adds",
     "losses": "Training loss",
 }
 

@@ -10,8 +10,15 @@ from matplotlib.figure import Figure
 
 from peft_moe_merge.report.plots import STYLE
 
-from .expert_figures import frozen_figure, merge_figure, usage_figure
-from .figures import accuracy_figure, confusion_figure, loss_figure, metric_figure, plasticity
+from .expert_figures import (
+    activation_map,
+    block_label,
+    frozen_figure,
+    merge_figure,
+    selection_over_training,
+    usage_figure,
+)
+from .figures import accuracy_figure, confusion_figure, growth, loss_figure, metric_figure, plasticity
 from .tables import selectors, x_tail_runs
 
 Runs = list[dict[str, Any]]
@@ -71,6 +78,43 @@ def draw_all(results: dict[str, Any]) -> Pictures:
                     shown = shown[:1]
                 if shown:
                     pictures[f"{what}_{name}"] = (draw(tasks, shown), f"{name}: {caption}, {_seeds(shown)}.")
+        pictures |= _watched(tasks, methods)
+    return pictures
+
+
+def _watched(tasks: list[str], methods: dict[str, Runs]) -> Pictures:
+    """Draw what was noted of experts, where runs were asked to (`--expert_figures`)."""
+    pictures: Pictures = {}
+    grown = {}
+    for name, runs in methods.items():
+        for run in (run for run in runs if any(run.get("snapshots") or ())):
+            of_tasks = {task: of_task for task, of_task in zip(tasks, run["snapshots"], strict=False) if of_task}
+            pictures[f"selected_{name}"] = (
+                selection_over_training(of_tasks),
+                f"{name}: selections of each expert in percent, from snapshot to snapshot, in layers evenly over the network, "
+                f"{_seeds([run])}.",
+            )
+            break
+        for run in runs:
+            merged = [(task, told) for task, told in zip(tasks, run.get("activations") or (), strict=False) if told]
+            if merged:
+                task, told = merged[-1]
+                stages = {f"{when} merging": (told[when], told[f"{when}_experts"]) for when in ("before", "after")}
+                pictures[f"activations_{name}"] = (
+                    activation_map(stages, seed=run["seed"]),
+                    f"{name}: what experts of {block_label(told['block'])} add to some images of {task}, before and after "
+                    f"the last merge of that task, {_seeds([run])}; one t-SNE of both, of the first principal components.",
+                )
+                break
+        # a run that was not watched from its first task on does not tell how large the adapter was before
+        whole = [run for run in runs if run.get("adapter_bytes") and None not in run["adapter_bytes"]]
+        if whole:
+            grown[name] = {
+                "parameters": [run["adapter_parameters"] for run in whole],
+                "memory": [run["adapter_bytes"] for run in whole],
+            }
+    if grown:
+        pictures["growth"] = (growth(grown), "Parameters and memory of experts and routers by the number of tasks.")
     return pictures
 
 
