@@ -84,7 +84,7 @@ def classify(classifier: ContinualClassifier, file: str | None, text: str, task:
         seen = look(classifier, image, names, given)
     except ValueError as error:
         raise gr.Error(html.escape(str(error))) from error
-    figure = gates_figure(seen.gates) if seen.gates else None
+    figure = gates_figure(seen.gates, seen.owners) if seen.gates else None
     return seen.answer.probabilities, seen.plain.probabilities, why(seen), latency(seen), figure
 
 
@@ -143,7 +143,7 @@ def build_page(classifier: ContinualClassifier, pictures: list[str]) -> gr.Block
                 task = gr.Dropdown([CHOOSE, *classifier.tasks, PLAIN], value=CHOOSE, label="Task")
                 button = gr.Button("Classify", variant="primary")
                 if pictures:
-                    gr.Examples([[picture] for picture in pictures], [file], label="Pick one", cache_examples=False)
+                    gr.Examples([[picture] for picture in pictures], [file], label="Pick one", examples_per_page=24)
             with gr.Column():
                 with gr.Row():
                     ours = gr.Label(label="With experts", num_top_classes=LABELS, elem_id="ours")

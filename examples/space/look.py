@@ -46,6 +46,7 @@ class Look:
         reasons: why this task, as sentences.
         scores: of all tasks, the best first; empty where no selector was asked.
         gates: per block of the image tower, the weight of each of its experts; empty where none took part.
+        owners: whose each expert is, the task's name; empty where tasks share experts.
         answer_ms, plain_ms: milliseconds from the image to the answer.
     """
 
@@ -54,6 +55,7 @@ class Look:
     reasons: tuple[str, ...]
     scores: tuple[Score, ...]
     gates: dict[str, list[float]]
+    owners: tuple[str, ...]
     answer_ms: float
     plain_ms: float
 
@@ -79,13 +81,15 @@ def look(
     plain = classifier(image, task=NONE, candidates=names or _classes_of(classifier, answer.task))
     end = perf_counter()
     reasons, scores = _reasons(classifier, image, names, task, answer.task)
+    # blocks of the prompts are there too, where class names were encoded on the way
+    gates = {block: passes[-1][0].tolist() for block, passes in recorded.items() if VISION in block}
     return Look(
         answer=answer,
         plain=plain,
         reasons=tuple(reasons),
         scores=tuple(scores),
-        # blocks of the prompts are there too, where class names were encoded on the way
-        gates={block: passes[-1][0].tolist() for block, passes in recorded.items() if VISION in block},
+        gates=gates,
+        owners=_owners(classifier, gates),
         answer_ms=1000 * (middle - begin),
         plain_ms=1000 * (end - middle),
     )
@@ -93,6 +97,19 @@ def look(
 
 def _classes_of(classifier: ContinualClassifier, task: str | None) -> object:
     return None if task is None else classifier.tasks[task]
+
+
+def _owners(classifier: ContinualClassifier, gates: dict[str, list[float]]) -> tuple[str, ...]:
+    owners: dict[int, set[str]] = {}
+    for task in classifier.tasks:
+        for block, experts in classifier.model.experts_of_task(task).items():
+            for expert in experts if block in gates else ():
+                owners.setdefault(expert, set()).add(task)
+    if any(len(tasks) > 1 for tasks in owners.values()):
+        return ()
+    return tuple(
+        owners[expert].pop() if expert in owners else "" for expert in range(max(map(len, gates.values()), default=0))
+    )
 
 
 def _reasons(

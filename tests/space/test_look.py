@@ -15,10 +15,12 @@ from embedded import embedded_classifier, newest_adapter, sample_images
 from huggingface_hub import SpaceCard
 from look import look
 from packaging.requirements import Requirement
+from peft import get_peft_model
 from space.tiny_adapter import LEARNT
+from transformers import CLIPModel
 
-from peft_moe_merge import ContinualClassifier
-from peft_moe_merge.mtil.data.mini import TASKS, load_task
+from peft_moe_merge import ContinualClassifier, MoELoraMergeConfig
+from peft_moe_merge.mtil.data.mini import TASKS, load_task, mini_clip_path
 
 SPACE = Path(__file__).parents[2] / "examples" / "space"
 
@@ -55,6 +57,7 @@ def test_gates_are_those_of_the_images_own_call(classifier):
     for block, weights in seen.gates.items():
         own = model.experts_of_task("digits")[block]
         assert sum(weights) == pytest.approx(1.0) and {i for i, weight in enumerate(weights) if weight} <= set(own)
+    assert seen.owners == ("shapes", "shapes", "digits", "digits")
     assert look(classifier, image, task=-1).gates == {}, "no expert takes part in plain CLIP"
     # class names that are new are encoded in the same call, and are not the image's
     assert look(classifier, image, ["one", "some other name"], task="digits").gates == seen.gates
@@ -136,6 +139,8 @@ def test_the_heat_map_shows_the_weights():
     shown = np.ma.filled(axes.images[0].get_array().astype(float), np.nan)
     np.testing.assert_array_equal(shown, [[0.25, 0.0, 0.75], [1.0, np.nan, np.nan]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 mlp", "11 q_proj"]
+    (above,) = gates_figure(gates, ["a", "a", "b"]).axes[0].child_axes
+    assert [(one.get_text(), one.get_position()[0]) for one in above.get_xticklabels()] == [("a", 0.5), ("b", 2.0)]
     assert axes.images[0].get_clim() == (0, 1), "one scale for all images"
     assert short_name("fc1") == "fc1"
 
@@ -195,3 +200,13 @@ def test_the_space_is_what_the_hub_takes():
     }
     lines = [line for line in (SPACE / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert [Requirement(line).name for line in lines] == ["peft-moe-merge"]
+
+
+def test_shared_experts_have_no_owner(classifier):
+    torch.manual_seed(0)
+    config = MoELoraMergeConfig(num_experts=4, r=2, tasks=list(LEARNT))
+    model = get_peft_model(CLIPModel.from_pretrained(mini_clip_path()), config)
+    shared = ContinualClassifier(model, classifier.processor, classifier.tasks)
+    seen = look(shared, images("digits", 1)[0], task="digits")
+    assert seen.owners == () and len(seen.gates) == 4
+    assert all(sum(map(bool, weights)) == 2 for weights in seen.gates.values()), "the two chosen of four"
