@@ -80,8 +80,11 @@ class ExpertWatch:
     def merging(self, model: PeftModel) -> Iterator[None]:
         """Note the experts' outputs before and after what happens here, if it changes an expert that a task knows.
 
-        Of several merges in a task the last is kept.
+        Of several merges in a task the first is kept: those after it often set the same expert to nearly the same union.
         """
+        if self.activations is not None:
+            yield
+            return
         before, known = self._outputs(model), self._known(model)
         yield
         after, still_known = self._outputs(model), self._known(model)
@@ -99,7 +102,7 @@ class ExpertWatch:
         if not all(map(len, values)):
             return
         reduced = torch.split(principal_components(torch.cat(values)), list(map(len, values)))
-        self.activations = {"block": self.block}
+        self.activations = {"block": self.block, "changed": changed}
         for (stage, (_, experts)), of_stage in zip(stages.items(), reduced, strict=True):
             self.activations[stage] = [[round(value, DIGITS) for value in row] for row in of_stage.tolist()]
             self.activations[f"{stage}_experts"] = np.repeat(experts, len(self.inputs_PD)).tolist()
@@ -142,7 +145,7 @@ class ExpertWatch:
         """Tell of the task just ended: values that JSON can hold, by name.
 
         Returns:
-            `snapshots` for `selection_over_training`; `activations` of the last merge, None without one; and the size of the
+            `snapshots` for `selection_over_training`; `activations` of the first merge, None without one; and the size of the
             adapter, `adapter_parameters` and `adapter_bytes`.
         """
         if self.snapshots and self.snapshots[-1][0] != self.steps:

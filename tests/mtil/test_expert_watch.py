@@ -72,6 +72,7 @@ def test_outputs_before_and_after_a_merge(activation):
     assert len(after) == len(before) - 1
     told = watch.history(model)["activations"]
     assert told["block"] == block and model.training
+    assert set(before) - set(after) < set(told["changed"]) and len(told["changed"]) == 2
     assert told["before_experts"] == [expert for expert in before for _ in x_PD]
     assert told["after_experts"] == [expert for expert in after for _ in x_PD]
     expected = torch.stack([y for outputs in (before, after) for of_one in outputs.values() for y in of_one])

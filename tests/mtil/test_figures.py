@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peft_moe_merge.mtil.report.expert_figures import activation_map, selection_over_training
+from peft_moe_merge.mtil.report.expert_figures import activation_map, block_label, selection_over_training
 from peft_moe_merge.mtil.report.figures import growth, plasticity
 from peft_moe_merge.report.statistics import interval
 
@@ -43,6 +43,20 @@ def test_selection_over_training_shows_what_was_selected_since_the_last_snapshot
         selection_over_training({"birds": [(3, {}), (2, {})]})
     with pytest.raises(ValueError, match="no snapshot"):
         selection_over_training({"birds": []})
+
+
+def test_selection_in_a_pool_that_grows():
+    layers = ["vision_model.encoder.layers.3.mlp.fc1", "vision_model.encoder.layers.3.self_attn.q_proj"]
+    assert list(map(block_label, [*layers, BLOCKS[0], "other"])) == [
+        "vision 3 fc1",
+        "vision 3 q_proj",
+        "vision 0",
+        "other",
+    ]
+    snapshots = {"birds": [(2, {layers[0]: [2, 2]})], "cars": [(2, {layers[0]: [0, 0, 1, 3]})]}
+    (mesh,) = selection_over_training(snapshots).axes[0].collections
+    shares_ET = np.ma.filled(mesh.get_array().reshape(4, 2), np.nan)
+    np.testing.assert_allclose(shares_ET, [[50, 0], [50, 0], [np.nan, 25], [np.nan, 75]])
 
 
 def test_plasticity_is_the_diagonal_with_its_interval():

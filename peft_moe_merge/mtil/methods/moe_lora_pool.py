@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,8 +10,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.optimizer import loraplus_groups
+from peft_moe_merge.tuners.moe_lora_merge.pool import STRATEGIES
 
-from ..settings import check_at_least, check_positive, setting
+from ..data.task import Task
+from ..settings import check_at_least, check_choices, check_positive, setting
 from .lora import LowRankSettings
 from .moe_lora_merge import RoutedByTask
 
@@ -36,6 +39,8 @@ class PoolSettings(LowRankSettings):
         super().__post_init__()
         check_at_least(self, 1, "experts_per_task", "pool_r")
         check_positive(self, "pool_lr")
+        check_choices(self, "pool_strategy", tuple(STRATEGIES))
+        check_choices(self, "pool_pair", ("most_similar", "random"))
         self.config(["any"])  # the tuner checks what is its own
 
     def config(self, tasks: list[str]) -> MoELoraMergeConfig:
@@ -66,6 +71,15 @@ class MoELoraPool(RoutedByTask):
         super().__init__(clip, processor, settings)
         self.merging = ExpertMergeCallback(None, self.settings.experts_per_task)
         self.callbacks = [self.merging]
+
+    @classmethod
+    def check(cls, settings: Any, tasks: Sequence[Task]) -> None:
+        own, bound = settings.experts_per_task, settings.max_experts
+        if bound is not None and len(tasks) > 1 and bound <= own:
+            raise ValueError(
+                f"max_experts={bound} leaves old tasks none while a new one has experts_per_task={own}: raise `max_experts` to "
+                f"{own + 1} at least, or lower `experts_per_task`."
+            )
 
     def learning_rate(self, lr: float) -> float:
         return self.settings.pool_lr

@@ -179,9 +179,9 @@ def activation_map(stages: Mapping[str, tuple[Any, Any]], seed: int = 0) -> Figu
 
 
 def block_label(block: str) -> str:
-    """Shorten a module's name: `"vision_model.encoder.layers.3.mlp"` is `"vision 3"`."""
-    match = re.search(r"(vision|text)_model\..*?(\d+)", block)
-    return f"{match[1]} {match[2]}" if match else block
+    """Shorten a module's name: `"vision_model.encoder.layers.3.mlp"` is `"vision 3"`, its `fc2` `"vision 3 fc2"`."""
+    match = re.search(r"(vision|text)_model\..*?(\d+)(?:.*\.(\w+))?$", block)
+    return " ".join(part for part in match.groups() if part not in (None, "mlp")) if match else block
 
 
 def ordered_blocks(per_task: Sequence[Mapping[str, Any]]) -> list[str]:

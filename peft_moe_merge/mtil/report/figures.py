@@ -110,7 +110,7 @@ def growth(measured: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> F
                 values_ST = np.asarray(of_method[measure], dtype=np.float64) / unit
                 line(axes, range(1, values_ST.shape[1] + 1), values_ST, name, markersize=4, **look(position))
         axes.set(xlabel="tasks learnt", ylabel=label)
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.06 * max(np.nanmax(line.get_ydata()) for line in axes.get_lines()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(measured) > 1:
         named = {}

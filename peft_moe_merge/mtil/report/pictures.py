@@ -103,7 +103,8 @@ def _watched(tasks: list[str], methods: dict[str, Runs]) -> Pictures:
                 pictures[f"activations_{name}"] = (
                     activation_map(stages, seed=run["seed"]),
                     f"{name}: what experts of {block_label(told['block'])} add to some images of {task}, before and after "
-                    f"the last merge of that task, {_seeds([run])}; one t-SNE of both, of the first principal components.",
+                    f"the first merge of that task, which changed experts {', '.join(map(str, told['changed']))}, {_seeds([run])}; "
+                    "one t-SNE of both, of the first principal components. What adds nothing yet is left out.",
                 )
                 break
         # a run that was not watched from its first task on does not tell how large the adapter was before
