@@ -230,6 +230,14 @@ class WEMoEStatic(nn.Module, WEMoELayer):
         WEMoELayer.__init__(self, base_layer)
         self.wemoe_static = nn.ModuleDict()
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet, or not any more
+                raise
+            return getattr(self.base_layer, name)  # models look into their parts, a ViT for the dtype of its patches
+
     def update_layer(self, adapter_name: str, config: WEMoEConfig) -> None:
         """Add an adapter that changes nothing yet."""
         shifts = BufferDict(persistent=True)
