@@ -3,8 +3,8 @@
     python benchmarks/merging_table.py --output_dir runs/merging                # the embedded benchmark, three seeds
 
 Everything below was fixed before the first result: a task enters if zero-shot accuracy on its training images is at least twice
-chance; each adapting method takes, of four rates, the one that is best on held-out training images of the first four tasks with
-seed 0; tasks stand in the suite's order, and a group of n is the first n of them. An interrupted run goes on where it was.
+chance; each adapting method takes the rate that is best on held-out training images of the first four tasks with seed 0, of four and,
+where the best is the first or last of them, of those beyond; tasks stand in the suite's order, and a group of n is the first n of them. An interrupted run goes on where it was.
 """
 
 import argparse

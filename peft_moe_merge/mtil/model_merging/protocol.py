@@ -20,6 +20,9 @@ from .finetune import accuracy
 from .images import load_images
 from .study import Run, merged_by
 
+LADDER = tuple(float(f"{digit}e{exponent}") for exponent in range(-6, 1) for digit in (1, 3))
+"""Rates to choose from."""
+
 
 def times_chance(tasks: Sequence[Task], clip: CLIPModel, processor: CLIPProcessor) -> dict[str, float]:
     """Return, for each task, how many times chance zero-shot accuracy on its training images is.
@@ -48,7 +51,8 @@ def choose_rates(run: Run, methods: Sequence[str], rates: Sequence[float], file:
     Args:
         run: fine-tuned models and their images.
         methods: that adapt.
-        rates: the grid.
+        rates: the grid, a part of `LADDER` without gaps. Where the best is at its edge it grows, for no method should
+            lose by where it ends.
         file: where accuracies are written, `{method: {rate: %}}`; what is there already is not done again.
 
     Returns:
@@ -57,13 +61,27 @@ def choose_rates(run: Run, methods: Sequence[str], rates: Sequence[float], file:
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     parts = {task.name: halves(task.adapt) for task in run.tasks}
     adapting = replace(run, tasks=tuple(replace(task, adapt=parts[task.name][0]) for task in run.tasks))
-    for method in methods:
-        for rate in rates:
-            if str(rate) in found.setdefault(method, {}):
-                continue
+
+    def known(method: str, rate: float) -> float:
+        of_method = found.setdefault(method, {})
+        if str(rate) not in of_method:
             at_rate = replace(adapting, settings=replace(run.settings, adapt_lrs=[f"{method}={rate}"]))
             model = merged_by(at_rate, method, at_rate.adaptation(method))
-            known = [accuracy(model, parts[task.name][1], task.head_CD) for task in run.tasks]
-            found[method][str(rate)] = sum(known) / len(known)
+            each = [accuracy(model, parts[task.name][1], task.head_CD) for task in run.tasks]
+            of_method[str(rate)] = sum(each) / len(each)
             write_results(file, found)
-    return {method: max(sorted(rates), key=lambda rate, m=method: found[m][str(rate)]) for method in methods}
+        return of_method[str(rate)]
+
+    chosen = {}
+    for method in methods:
+        low, high = LADDER.index(rates[0]), LADDER.index(rates[-1])
+        while True:
+            best = max(range(low, high + 1), key=lambda place, m=method: known(m, LADDER[place]))
+            if best == high < len(LADDER) - 1:
+                high += 1
+            elif best == low > 0:
+                low -= 1
+            else:
+                break
+        chosen[method] = LADDER[best]
+    return chosen
