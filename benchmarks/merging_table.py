@@ -1,6 +1,7 @@
 """WEMoE and its relatives against every static merge: which wins, with how many tasks, on which.
 
     python benchmarks/merging_table.py --output_dir runs/merging                # the embedded benchmark, three seeds
+    python benchmarks/merging_table.py --output_dir runs/merging --only_show    # tables, pictures and page of what is there
 
 Everything below was fixed before the first result: a task enters if zero-shot accuracy on its training images is at least twice
 chance; each adapting method takes the rate that is best on held-out training images of the first four tasks with seed 0, of four and,
@@ -18,6 +19,7 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.model_merging.protocol import choose_rates, times_chance
+from peft_moe_merge.mtil.model_merging.report import print_report, write_report
 from peft_moe_merge.mtil.model_merging.study import LOSSES, METHODS, Study, StudySettings
 from peft_moe_merge.mtil.results import write_results
 
@@ -42,7 +44,19 @@ def main() -> None:
     parser.add_argument("--finetune_steps", type=int, default=100)
     parser.add_argument("--adapt_steps", type=int, default=40)
     parser.add_argument("--train_per_class", type=int, default=64)
+    parser.add_argument(
+        "--only_show", action="store_true", help="run nothing; seeds that are not finished stand as they are"
+    )
     args = parser.parse_args()
+    if args.only_show:
+        files = [args.output_dir / f"seed_{seed}" / "seed.json" for seed in args.seeds]
+        runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not any(run["rows"] for run in runs):
+            raise SystemExit(f"there are no results in {args.output_dir} yet")
+        results = {"suite": "mini", "runs": runs}
+        print_report(results)
+        print("written:", *write_report(results, args.output_dir))
+        return
 
     clip, processor = load_clip(mini_clip_path())
     tasks = [

@@ -6,7 +6,7 @@ Neither looks at a test image.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,25 @@ def halves(images: TensorDataset) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(*images[:middle]), TensorDataset(*images[middle:])
 
 
+def best_rate(rates: Sequence[float], value: Callable[[float], float]) -> float:
+    """Return the rate of the highest value, the smaller one of equals.
+
+    Args:
+        rates: a part of `LADDER` without gaps. Where the best is at its edge it grows, for no method should lose by where
+            a grid ends.
+        value: of a rate; it may be asked again.
+    """
+    low, high = LADDER.index(rates[0]), LADDER.index(rates[-1])
+    while True:
+        best = max(range(low, high + 1), key=lambda place: value(LADDER[place]))
+        if best == high < len(LADDER) - 1:
+            high += 1
+        elif best == low > 0:
+            low -= 1
+        else:
+            return LADDER[best]
+
+
 def choose_rates(run: Run, methods: Sequence[str], rates: Sequence[float], file: Path) -> dict[str, float]:
     """Choose how fast each method adapts: by accuracy on half of the adaptation split, after adapting to the other half.
 
@@ -51,8 +70,7 @@ def choose_rates(run: Run, methods: Sequence[str], rates: Sequence[float], file:
     Args:
         run: fine-tuned models and their images.
         methods: that adapt.
-        rates: the grid, a part of `LADDER` without gaps. Where the best is at its edge it grows, for no method should
-            lose by where it ends.
+        rates: the grid to begin with, see `best_rate`.
         file: where accuracies are written, `{method: {rate: %}}`; what is there already is not done again.
 
     Returns:
@@ -72,16 +90,4 @@ def choose_rates(run: Run, methods: Sequence[str], rates: Sequence[float], file:
             write_results(file, found)
         return of_method[str(rate)]
 
-    chosen = {}
-    for method in methods:
-        low, high = LADDER.index(rates[0]), LADDER.index(rates[-1])
-        while True:
-            best = max(range(low, high + 1), key=lambda place, m=method: known(m, LADDER[place]))
-            if best == high < len(LADDER) - 1:
-                high += 1
-            elif best == low > 0:
-                low -= 1
-            else:
-                break
-        chosen[method] = LADDER[best]
-    return chosen
+    return {method: best_rate(rates, lambda rate, m=method: known(m, rate)) for method in methods}
