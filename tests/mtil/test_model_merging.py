@@ -157,7 +157,7 @@ def test_differences_are_to_the_best_static_merge_seed_by_seed():
     runs = [run(0, ties=10.0, tsv=14.0, smile=15.0, individual=90.0), run(1, ties=12.0, tsv=11.0, smile=14.0)]
     assert best_static({"runs": runs}) == "tsv"
     rows = {method: rest for method, *rest in difference_rows({"runs": runs})[1:]}
-    assert rows["smile"][0].startswith("+2.0") and "12.7" in rows["smile"][0]  # 1 and 3: t of one degree is 12.7
+    assert rows["smile"][0] == "+2.00 [-10.71,+14.71]"  # 1 and 3: t of one degree is 12.706
     assert rows["ties"][0].startswith(("-1.5", "−1.5")) and rows["smile"][1] == "2" and rows["individual"][1] == "1"
     assert difference_rows({"runs": [run(0, smile=1.0)]}) == [["method"]]
 
@@ -168,27 +168,31 @@ def test_the_first_images_of_each_class_are_the_few():
     assert pixels.tolist() == [0, 1, 2, 4, 5] and labels.tolist() == [1, 0, 1, 0, 2]
 
 
-def test_a_grid_grows_until_its_best_is_inside(tasks, tmp_path, monkeypatch):
+def test_rates_are_chosen_once_and_the_best_is_taken(tasks, tmp_path):
     settings = study.StudySettings(finetune_steps=1, adapt_steps=1, batch_size=8, adapt_batch_size=4)
     comparison = study.Study(tasks, [], build_clip, settings, Accelerator(cpu=True))
     run = comparison.material(*build_clip(), tmp_path, 0)
-    asked = []
+    found = protocol.choose_rates(run, ["wemoe", "adamerging_labels"], (1e-3, 3e-3), tmp_path / "rates.json")
+    written = json.loads((tmp_path / "rates.json").read_text())
+    for method, rate in found.items():
+        best = max(written[method].values())
+        assert str(rate) == min((r for r, value in written[method].items() if value == best), key=float)
+    time_of = (tmp_path / "rates.json").stat().st_mtime_ns
+    assert protocol.choose_rates(run, list(found), (1e-3, 3e-3), tmp_path / "rates.json") == found
+    assert (tmp_path / "rates.json").stat().st_mtime_ns == time_of
 
-    def by_rate(at_rate, method, adapt_to):
-        asked.append(at_rate.settings.rates[method])
-        assert all(
-            len(loader.dataset) < len(task.adapt) for loader, task in zip(adapt_to.values(), run.tasks, strict=True)
-        )
-        return asked[-1]
 
-    monkeypatch.setattr(protocol, "merged_by", by_rate)
-    monkeypatch.setattr(protocol, "accuracy", lambda rate, images, head_CD: -abs(rate - 0.03))
-    grid = (1e-3, 3e-3, 1e-2)
-    assert protocol.choose_rates(run, ["wemoe"], grid, tmp_path / "rates.json") == {"wemoe": 0.03}
-    assert asked == [0.001, 0.003, 0.01, 0.03, 0.1]
-    assert protocol.choose_rates(run, ["wemoe"], grid, tmp_path / "rates.json") == {"wemoe": 0.03} and len(asked) == 5
-    monkeypatch.setattr(protocol, "accuracy", lambda rate, images, head_CD: -rate)
-    assert protocol.choose_rates(run, ["e_wemoe"], grid, tmp_path / "rates.json") == {"e_wemoe": 1e-6}
+@pytest.mark.parametrize(("peak", "asked"), [(0.03, {0.001, 0.003, 0.01, 0.03, 0.1}), (0.003, {0.001, 0.003, 0.01})])
+def test_a_grid_grows_until_its_best_is_inside(peak, asked):
+    seen = set()
+
+    def value(rate):
+        seen.add(rate)
+        return -abs(rate - peak)
+
+    assert protocol.best_rate((0.001, 0.003, 0.01), value) == peak and seen == asked
+    assert protocol.best_rate((0.001, 0.003), lambda rate: 0.0) == protocol.LADDER[0]  # of equals the smallest
+    assert protocol.best_rate((0.001, 0.003), lambda rate: rate) == protocol.LADDER[-1]
 
 
 def test_zero_shot_in_times_of_chance(tasks):

@@ -92,13 +92,10 @@ def difference_rows(results: dict[str, Any]) -> Rows:
     best = best_static(results)
     if best is None:
         return [["method"]]
-    runs = {
-        run["seed"]: {method: average(row["accuracy"]) for method, row in run["rows"].items()}
-        for run in results["runs"]
-    }
+    runs = [{method: average(row["accuracy"]) for method, row in run["rows"].items()} for run in results["runs"]]
     rows = [["method", f"above {best}", "seeds"]]
     for method, _ in _per_method(results):
-        gaps = [of_run[method] - of_run[best] for of_run in runs.values() if method in of_run and best in of_run]
+        gaps = [of_run[method] - of_run[best] for of_run in runs if method in of_run and best in of_run]
         if method != best and gaps:
             rows.append([method, difference(estimate(gaps)), str(len(gaps))])
     return rows
