@@ -17,6 +17,8 @@ from torch import nn
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .sources import LoraTensors, Renamed, load_lora, lora_tensors, stored_tensors
+
 Finetuned: TypeAlias = "nn.Module | str | PathLike | Mapping[str, torch.Tensor]"
 
 LISTED = 20  # tensors that an error message lists before it only counts
@@ -29,23 +31,45 @@ class TaskVectors:
     Attributes:
         tasks: the names of the fine-tuned models, in order.
         base: the pretrained parameters by name.
-        finetuned: for each task its parameters by name; those that are absent are unchanged.
+        finetuned: for each task its parameters by name; those that are absent are unchanged. Those of files are read, and
+            those of LoRAs computed, each time they are asked for: memory holds one at a time.
     """
 
     tasks: tuple[str, ...]
     base: dict[str, torch.Tensor]
-    finetuned: dict[str, dict[str, torch.Tensor]]
+    finetuned: dict[str, Mapping[str, torch.Tensor]]
 
     def delta(self, task: str, name: str) -> torch.Tensor:
         """Return τ of one task for the parameter `name`."""
         base = precise(self.base[name])
         if name not in self.finetuned[task]:
             return torch.zeros_like(base)
+        if isinstance(self.finetuned[task], LoraTensors):
+            return self.finetuned[task].delta(name).to(base)
         return precise(self.finetuned[task][name]).to(base.device) - base
 
     def stacked(self, name: str) -> torch.Tensor:
         """Return the task vectors of the parameter `name`, `[T, *shape]`."""
         return torch.stack([self.delta(task, name) for task in self.tasks])
+
+    def summed(self, name: str) -> torch.Tensor:
+        """Return the sum of all task vectors of the parameter `name`, of which one at a time is in memory."""
+        total = self.delta(self.tasks[0], name)
+        for task in self.tasks[1:]:
+            total += self.delta(task, name)
+        return total
+
+    def factors(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return `up_OR` and `down_RI` of each task's change to a weight, None if any of them is no LoRA.
+
+        A task that left the weight alone has factors of rank 0.
+        """
+        models = [self.finetuned[task] for task in self.tasks]
+        if not all(isinstance(model, LoraTensors) for model in models):
+            return None
+        weight_OI = precise(self.base[name])
+        nothing = (weight_OI.new_zeros(len(weight_OI), 0), weight_OI.new_zeros(0, weight_OI.shape[1]))
+        return [model.factors.get(name, nothing) for model in models]
 
     def changed(self, task: str | None = None) -> set[str]:
         """Return the names of the parameters that one task, or any of them, changed."""
@@ -101,9 +125,12 @@ def load_task_vectors(
     vectors = TaskVectors(tuple(names), parameters, {})
     for task, model in pairs:
         state = _align(_state_dict(base, task, model), parameters)
-        _check_tensors(task, state, parameters)
+        if not isinstance(state, LoraTensors):
+            _check_tensors(task, state, parameters)
         _check_finite(f"the fine-tuned model {task!r}", state)
-        vectors.finetuned[task] = {name: state[name] for name in parameters if name in state}
+        if not isinstance(state, LoraTensors):
+            state = Renamed(state, {name: name for name in parameters if name in state})
+        vectors.finetuned[task] = state
         if not vectors.changed(task):
             raise ValueError(
                 f"the fine-tuned model {task!r} is equal to the base model: its task vector is zero. Was the base "
@@ -115,6 +142,9 @@ def load_task_vectors(
 
 def _state_dict(base: nn.Module, task: str, model: Finetuned) -> Mapping[str, torch.Tensor]:
     if isinstance(model, PeftModel):
+        parameters = {name: p.detach() for name, p in base.named_parameters(remove_duplicate=False)}
+        if (lora := lora_tensors(model, parameters)) is not None:
+            return lora
         return copy.deepcopy(model).merge_and_unload().state_dict()
     if isinstance(model, nn.Module):
         return model.state_dict()
@@ -127,9 +157,11 @@ def _state_dict(base: nn.Module, task: str, model: Finetuned) -> Mapping[str, to
         )
     if find_adapter_config_file(str(model)) is not None:
         cached_file(model, ADAPTER_SAFE_WEIGHTS_NAME)  # PEFT would take a pickle if there were no safetensors
-        return PeftModel.from_pretrained(copy.deepcopy(base), model).merge_and_unload().state_dict()
-    architectures = transformers.AutoConfig.from_pretrained(model).architectures or [None]
-    model_cls = getattr(transformers, architectures[0] or "", type(base))
+        return _state_dict(base, task, load_lora(base, model))
+    config = transformers.AutoConfig.from_pretrained(model)
+    model_cls = getattr(transformers, (config.architectures or [""])[0], type(base))
+    if (stored := stored_tensors(model, config, model_cls)) is not None:
+        return stored
     loaded, info = model_cls.from_pretrained(model, dtype="auto", use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"the fine-tuned model {task!r} ({model}) lacks {_listed(sorted(info['missing_keys']))}.")
@@ -146,7 +178,7 @@ def _align(state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Ten
         return sum(name in parameters and parameters[name].shape == tensor.shape for name, tensor in names)
 
     part = max(sorted({name.partition(".")[0] for name in parameters}), key=fitting)
-    return {f"{part}.{name}": tensor for name, tensor in state.items()} if fitting(part) else state
+    return Renamed(state, {f"{part}.{name}": name for name in state}) if fitting(part) else state
 
 
 def _check_tensors(task: str, state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:

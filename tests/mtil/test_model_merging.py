@@ -12,13 +12,15 @@ from transformers import CLIPImageProcessor
 
 from peft_moe_merge.mtil.clip import small_clip
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
-from peft_moe_merge.mtil.model_merging import study
+from peft_moe_merge.mtil.model_merging import protocol, study
 from peft_moe_merge.mtil.model_merging.corruptions import CORRUPTIONS, corrupt
 from peft_moe_merge.mtil.model_merging.finetune import accuracy, finetune
 from peft_moe_merge.mtil.model_merging.images import load_images
 from peft_moe_merge.mtil.model_merging.report import (
     accuracy_rows,
     average,
+    best_static,
+    difference_rows,
     print_report,
     robustness_rows,
     write_report,
@@ -82,8 +84,14 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     methods = ["pretrained", "individual", "multitask", "ties", "adamerging_mi", "wemoe_mi", "smile"]
     held_out = load_digit_tasks()[2:]
     accelerator = Accelerator(cpu=True)
-    everything = study.Study(tasks, held_out, build_clip, settings, accelerator)
-    options = {"methods": methods, "robust_methods": ["wemoe_mi", "individual"], "corruptions": ["gauss"]}
+    names = [task.name for task in tasks]
+    everything = study.Study(tasks, held_out, build_clip, settings, accelerator, {"1": names[:1]})
+    options = {
+        "methods": methods,
+        "group_methods": ["average", "wemoe_labels"],
+        "robust_methods": ["wemoe_mi", "individual"],
+        "corruptions": ["gauss"],
+    }
     whole = everything.run(tmp_path / "whole", **options)
 
     written, write = [], study.write_results
@@ -103,8 +111,9 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
 
     def without_seconds(result):
         result = json.loads(json.dumps(result))
-        for own in result["rows"].values():
-            own.pop("seconds")
+        for rows in (result["rows"], *result["groups"].values()):
+            for own in rows.values():
+                own.pop("seconds")
         return result
 
     assert without_seconds(resumed) == without_seconds(whole)
@@ -113,6 +122,19 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     rows = whole["rows"]
     assert rows["wemoe_mi"]["trainable_parameters"] == 3 * (64 * 64 + 64 + 64 * 2 + 2)
     assert rows["pretrained"]["stored_numbers"] == rows["ties"]["stored_numbers"] < rows["smile"]["stored_numbers"]
+    alone = whole["groups"]["1"]["average"]
+    assert list(alone["accuracy"]) == names[:1] and set(alone["held_out"]) == {names[1], "digits_7_to_9"}
+    assert alone["accuracy"] == {
+        names[0]: rows["individual"]["accuracy"][names[0]]
+    }  # the mean of one model is that model
+    gates = rows["wemoe_mi"]["gates"]
+    assert (
+        list(gates) == names
+        and [len(block) for block in gates[names[0]]] == [2, 2, 2]
+        and "gates" not in rows["smile"]
+    )
+    with pytest.raises(ValueError, match="the group 'x' is .*; expected some of the tasks"):
+        replace(everything, groups={"x": ["nobody"]})
     with pytest.raises(ValueError, match="other settings: .*tasks was "):
         replace(everything, tasks=tasks[:1]).run(tmp_path / "stopped", **options)
     fewer = replace(tasks[0], train=tasks[0].train.select(range(len(tasks[0].train) - 1)))
@@ -123,8 +145,61 @@ def test_a_study_that_is_stopped_and_resumed_equals_one_that_is_not(tasks, tmp_p
     print_report(results)
     printed = capsys.readouterr().out
     assert "disjoint" in printed and "digits_7_to_9" in printed and "worst task" in printed
-    picture, page = write_report(results, tmp_path / "report")
-    assert picture.stat().st_size > 5000 and "wemoe_mi, worst task" in page.read_text()
+    *pictures, page = write_report(results, tmp_path / "report")
+    assert {picture.name for picture in pictures} == {"average.png", "number_of_tasks.png", "gates_wemoe_mi.png"}
+    assert all(picture.stat().st_size > 5000 for picture in pictures) and "wemoe_mi, worst task" in page.read_text()
+
+
+def test_differences_are_to_the_best_static_merge_seed_by_seed():
+    def run(seed, **averages):
+        return {"seed": seed, "tasks": ["a"], "rows": {m: {"accuracy": {"a": v}} for m, v in averages.items()}}
+
+    runs = [run(0, ties=10.0, tsv=14.0, smile=15.0, individual=90.0), run(1, ties=12.0, tsv=11.0, smile=14.0)]
+    assert best_static({"runs": runs}) == "tsv"
+    rows = {method: rest for method, *rest in difference_rows({"runs": runs})[1:]}
+    assert rows["smile"][0] == "+2.00 [-10.71,+14.71]"  # 1 and 3: t of one degree is 12.706
+    assert rows["ties"][0].startswith(("-1.5", "−1.5")) and rows["smile"][1] == "2" and rows["individual"][1] == "1"
+    assert difference_rows({"runs": [run(0, smile=1.0)]}) == [["method"]]
+
+
+def test_the_first_images_of_each_class_are_the_few():
+    images = TensorDataset(torch.arange(7.0), torch.tensor([1, 0, 1, 1, 0, 2, 1]))
+    pixels, labels = study.few(images, 2).tensors
+    assert pixels.tolist() == [0, 1, 2, 4, 5] and labels.tolist() == [1, 0, 1, 0, 2]
+
+
+def test_rates_are_chosen_once_and_the_best_is_taken(tasks, tmp_path):
+    settings = study.StudySettings(finetune_steps=1, adapt_steps=1, batch_size=8, adapt_batch_size=4)
+    comparison = study.Study(tasks, [], build_clip, settings, Accelerator(cpu=True))
+    run = comparison.material(*build_clip(), tmp_path, 0)
+    found = protocol.choose_rates(run, ["wemoe", "adamerging_labels"], (1e-3, 3e-3), tmp_path / "rates.json")
+    written = json.loads((tmp_path / "rates.json").read_text())
+    for method, rate in found.items():
+        best = max(written[method].values())
+        assert str(rate) == min((r for r, value in written[method].items() if value == best), key=float)
+    time_of = (tmp_path / "rates.json").stat().st_mtime_ns
+    assert protocol.choose_rates(run, list(found), (1e-3, 3e-3), tmp_path / "rates.json") == found
+    assert (tmp_path / "rates.json").stat().st_mtime_ns == time_of
+
+
+@pytest.mark.parametrize(("peak", "asked"), [(0.03, {0.001, 0.003, 0.01, 0.03, 0.1}), (0.003, {0.001, 0.003, 0.01})])
+def test_a_grid_grows_until_its_best_is_inside(peak, asked):
+    seen = set()
+
+    def value(rate):
+        seen.add(rate)
+        return -abs(rate - peak)
+
+    assert protocol.best_rate((0.001, 0.003, 0.01), value) == peak and seen == asked
+    assert protocol.best_rate((0.001, 0.003), lambda rate: 0.0) == protocol.LADDER[0]  # of equals the smallest
+    assert protocol.best_rate((0.001, 0.003), lambda rate: rate) == protocol.LADDER[-1]
+
+
+def test_zero_shot_in_times_of_chance(tasks):
+    clip, processor = build_clip()
+    images = load_images(tasks[0], clip, processor)
+    expected = accuracy(clip, images.finetune, images.head_CD) / (100 / len(tasks[0].class_names))
+    assert protocol.times_chance(tasks[:1], clip, processor) == {tasks[0].name: pytest.approx(expected)}
 
 
 def test_report_means_and_intervals(tmp_path):
@@ -146,8 +221,16 @@ def test_report_means_and_intervals(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"finetune_steps": 0}, {"adapt_batch_size": 0}, {"adapt_lr": 0.0}, {"scaling": -0.3}]
+    "wrong",
+    [{"finetune_steps": 0}, {"adapt_batch_size": 0}, {"adapt_lr": 0.0}, {"scaling": -0.3}, {"labels_per_class": 0}],
 )
 def test_values_are_checked_when_they_are_given(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must"):
         study.StudySettings(**wrong)
+
+
+@pytest.mark.parametrize("entry", ["wemoe", "wemoe=fast", "wemoe=-1", "ties=0.1"])
+def test_rates_of_single_methods_are_checked(entry):
+    with pytest.raises(ValueError, match=f"`adapt_lrs` has '{entry}'; expected method=rate"):
+        study.StudySettings(adapt_lrs=[entry])
+    assert study.StudySettings(adapt_lrs=["wemoe=1e-4"]).rates == {"wemoe": 1e-4}

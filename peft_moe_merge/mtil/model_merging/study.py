@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge.files import whole
 from peft_moe_merge.model_merging.adaptation import Adaptation
+from peft_moe_merge.model_merging.logits import zero_shot_logits
 from peft_moe_merge.model_merging.static import STATIC_MERGES, merge_static
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, adapt_routers, merge_finetuned
+from peft_moe_merge.tuners.wemoe.context import recorded_gates
 
 from ..checkpoint import GO_ON
 from ..data.task import Task
@@ -38,12 +40,18 @@ WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
     "wemoe_prior": ({}, "entropy_with_prior"),
     "e_wemoe_mi": ({"shared_router": True, "sparsity": 0.9}, "mutual_information"),
     "wemoe_rank_32_mi": ({"rank": 32}, "mutual_information"),
+    "wemoe_labels": ({}, "cross_entropy"),
+    "e_wemoe_labels": ({"shared_router": True, "sparsity": 0.9}, "cross_entropy"),
     "smile": ({"gates": "projection", "rank": 32, "gate_rank": 16}, None),
 }
-"""Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` is not published:
-mutual information in place of entropy."""
+"""Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` and `_labels` are not
+published: mutual information, or the labels of a few images, in place of entropy."""
 
-STATIC = (*STATIC_MERGES, "adamerging_mi")
+ADAMERGING = {"adamerging": "entropy", "adamerging_mi": "mutual_information", "adamerging_labels": "cross_entropy"}
+STATIC = tuple(dict.fromkeys((*STATIC_MERGES, *ADAMERGING)))
+LOSSES = {**{name: loss for name, (_, loss) in WEMOE.items() if loss is not None}, **ADAMERGING}
+"""What each method that adapts adapts with."""
+
 REFERENCES = ("pretrained", "individual", "multitask")
 METHODS = (*REFERENCES, *STATIC, *WEMOE)
 
@@ -57,13 +65,38 @@ class StudySettings:
     batch_size: int = setting(32, "images per fine-tuning step")
     adapt_steps: int = setting(150, "steps of test-time adaptation, for AdaMerging too")
     adapt_lr: float = setting(1e-3, "learning rate of test-time adaptation, for AdaMerging too")
+    adapt_lrs: list[str] = setting([], "method=rate for methods that take another one, such as wemoe=1e-4")
     adapt_batch_size: int = setting(16, "images per task and adaptation step")
+    labels_per_class: int = setting(5, "images of each class whose labels the methods `*_labels` see")
     scaling: float = setting(0.3, "weight of task vectors")
     transductive: bool = setting(False, "adapt on the test images themselves, as the papers do")
 
     def __post_init__(self):
         check_at_least(self, 1, "finetune_steps", "batch_size", "adapt_steps", "adapt_batch_size")
+        check_at_least(self, 1, "labels_per_class")
         check_positive(self, "finetune_lr", "adapt_lr", "scaling")
+        self.rates  # noqa: B018 - values are checked when they are given
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The adaptation rates of `adapt_lrs` by method.
+
+        Raises:
+            ValueError: an entry is not `method=rate`, with a method that adapts and a positive rate.
+        """
+        rates = {}
+        for entry in self.adapt_lrs:
+            method, _, rate = entry.partition("=")
+            try:
+                rates[method] = float(rate)
+            except ValueError:
+                rates[method] = 0.0
+            if method not in LOSSES or not rates[method] > 0:
+                raise ValueError(
+                    f"`adapt_lrs` has {entry!r}; expected method=rate with a positive rate, such as wemoe=1e-4, and one of "
+                    f"{list(LOSSES)}."
+                )
+        return rates
 
 
 @dataclass(frozen=True)
@@ -83,11 +116,46 @@ class Run:
     def heads(self) -> dict[str, torch.Tensor]:
         return {task.name: task.head_CD.to(self.accelerator.device) for task in self.tasks}
 
-    def adaptation(self, change: Callable[[TensorDataset], TensorDataset] = lambda images: images) -> dict[str, Any]:
-        """Return loaders of unlabelled images: the adaptation split, or with `transductive` the test split."""
+    def adaptation(
+        self, method: str, change: Callable[[TensorDataset], TensorDataset] = lambda images: images
+    ) -> dict[str, Any]:
+        """Return loaders of what a method adapts to: the adaptation split, or with `transductive` the test split.
+
+        Of either only a few images a class for a method that learns from labels.
+        """
         split = "test" if self.settings.transductive else "adapt"
-        size = self.settings.adapt_batch_size
-        return {task.name: batches(change(getattr(task, split)), size) for task in self.tasks}
+        loaders = {}
+        for task in self.tasks:
+            images = getattr(task, split)
+            if LOSSES.get(method) == "cross_entropy":
+                images = few(images, self.settings.labels_per_class)
+            loaders[task.name] = batches(change(images), self.settings.adapt_batch_size)
+        return loaders
+
+    def how(self, method: str) -> Adaptation:
+        """Return how a method adapts."""
+        s = self.settings
+        schedule = "constant" if method in ADAMERGING else "cosine"
+        return Adaptation(s.adapt_steps, LOSSES[method], s.rates.get(method, s.adapt_lr), schedule, self.seed)
+
+    def only(self, names: Sequence[str]) -> Run:
+        """Return the same with some of the tasks; the others are held out."""
+        others = tuple(task for task in self.tasks if task.name not in names)
+        chosen = tuple(task for task in self.tasks if task.name in names)
+        finetuned = {name: path for name, path in self.finetuned.items() if name in names}
+        return replace(self, tasks=chosen, held_out=(*others, *self.held_out), finetuned=finetuned)
+
+
+def few(images: TensorDataset, per_class: int) -> TensorDataset:
+    """Return the first images of each class, in their order."""
+    pixels, labels = images.tensors
+    seen: dict[int, int] = {}
+    places = []
+    for place, label in enumerate(labels.tolist()):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= per_class:
+            places.append(place)
+    return TensorDataset(pixels[places], labels[places])
 
 
 @dataclass(frozen=True)
@@ -100,6 +168,10 @@ class Study:
         build_clip: makes the pretrained CLIP and its processor.
         settings: how everything trains.
         accelerator: for device and precision; one process.
+        groups: names of some of the tasks, to be merged without the others, which are then held out.
+
+    Raises:
+        ValueError: a group has a task that is not among the tasks.
     """
 
     tasks: Sequence[Task]
@@ -107,12 +179,20 @@ class Study:
     build_clip: Callable[[], tuple[CLIPModel, CLIPProcessor]]
     settings: StudySettings
     accelerator: Accelerator
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        names = [task.name for task in self.tasks]
+        for group, members in self.groups.items():
+            if not members or not set(members) <= set(names):
+                raise ValueError(f"the group {group!r} is {list(members)}; expected some of the tasks {names}.")
 
     def run(
         self,
         output_dir: Path,
         *,
         methods: Sequence[str] = METHODS,
+        group_methods: Sequence[str] = (),
         robust_methods: Sequence[str] = (),
         corruptions: Sequence[str] = (),
         seed: int = 0,
@@ -122,13 +202,15 @@ class Study:
         Args:
             output_dir: of this seed.
             methods: of `METHODS`.
+            group_methods: those to run on each group as well.
             robust_methods: those of `methods` to run on corrupted images as well.
             corruptions: of `CORRUPTIONS`.
             seed: of the order of images, the splits and all noise.
 
         Returns:
             `{"seed", "rows": {method: {"accuracy": {task: %}, "held_out": {task: %}, "trainable_parameters",
-            "stored_numbers", "seconds"}}, "robustness": {corruption: {method: {task: %}}}}`.
+            "stored_numbers", "seconds", "gates"}}, "groups": {group: {method: row}}, "robustness": {corruption: {method: {task: %}}}}`. Gates, of learned
+            routers: for each task's test images those of each block, `[blocks, T]`, on average.
 
         Raises:
             ValueError: the folder holds a run with other settings, data or weights.
@@ -136,13 +218,17 @@ class Study:
         output_dir.mkdir(parents=True, exist_ok=True)
         clip, processor = self.build_clip()
         result = self._begun(output_dir / "seed.json", clip, processor, seed)
-        run = self._material(clip, processor, output_dir, seed)
-        for task in run.tasks:
-            _trained(run, run.finetuned[task.name], [task], run.settings.finetune_steps)
+        run = self.material(clip, processor, output_dir, seed)
         for method in methods:
             if method not in result["rows"]:
                 result["rows"][method] = _row(run, method, output_dir)
                 write_results(output_dir / "seed.json", result)
+        for group, members in self.groups.items():
+            done = result.setdefault("groups", {}).setdefault(group, {})
+            for method in group_methods:
+                if method not in done:
+                    done[method] = _row(run.only(members), method, output_dir)
+                    write_results(output_dir / "seed.json", result)
         for corruption in corruptions:
             done = result["robustness"].setdefault(corruption, {})
             for method in robust_methods:
@@ -155,7 +241,12 @@ class Study:
         """Read what an earlier run has written, or begin."""
         names = {"tasks": [task.name for task in self.tasks], "held_out": [task.name for task in self.held_out]}
         shaped_by = fingerprint((*self.tasks, *self.held_out), clip, processor, self.accelerator, self.settings)
-        own = {**shaped_by, **names, "seed": seed}
+        own = {
+            **shaped_by,
+            **names,
+            "seed": seed,
+            "groups": {name: list(members) for name, members in self.groups.items()},
+        }
         if not file.exists():
             told = {"seed": seed, **names, "settings": asdict(self.settings)}
             return {**told, "rows": {}, "robustness": {}, "fingerprint": own}
@@ -167,12 +258,16 @@ class Study:
             )
         return saved
 
-    def _material(self, clip: CLIPModel, processor: CLIPProcessor, output_dir: Path, seed: int) -> Run:
+    def material(self, clip: CLIPModel, processor: CLIPProcessor, output_dir: Path, seed: int) -> Run:
+        """Load all images, and fine-tune the models that the folder lacks."""
         clip = clip.to(self.accelerator.device).eval().requires_grad_(False)
         learnt = tuple(load_images(task, clip, processor, seed) for task in self.tasks)
         unseen = tuple(load_images(task, clip, processor, seed) for task in self.held_out)
         finetuned = {task.name: output_dir / "finetuned" / task.name for task in learnt}
-        return Run(clip, processor, learnt, unseen, finetuned, self.settings, self.accelerator, seed)
+        run = Run(clip, processor, learnt, unseen, finetuned, self.settings, self.accelerator, seed)
+        for task in run.tasks:
+            _trained(run, run.finetuned[task.name], [task], self.settings.finetune_steps)
+        return run
 
 
 def _trained(run: Run, folder: Path, tasks: Sequence[TaskImages], steps: int) -> CLIPModel:
@@ -187,40 +282,43 @@ def _trained(run: Run, folder: Path, tasks: Sequence[TaskImages], steps: int) ->
     return CLIPModel.from_pretrained(folder, use_safetensors=True).to(run.accelerator.device).eval()
 
 
-def _merged(run: Run, method: str, unlabelled: dict[str, Any]) -> nn.Module:
-    """Build what a method makes of the fine-tuned models, adapted to `unlabelled` images if it adapts."""
+def merged_by(run: Run, method: str, adapt_to: dict[str, Any]) -> nn.Module:
+    """Build what a method makes of the fine-tuned models, adapted to the images given if it adapts."""
     settings = run.settings
     quiet = not run.accelerator.is_main_process
     if method == "pretrained":
         return run.clip
+    torch.manual_seed(run.seed)
     if method in WEMOE:
         options, loss = WEMOE[method]
-        torch.manual_seed(run.seed)
         config = WEMoEConfig(scaling=settings.scaling, **options)
         model = merge_finetuned(copy.deepcopy(run.clip), run.finetuned, config)
         if loss is not None:
-            how = Adaptation(settings.adapt_steps, loss, settings.adapt_lr, seed=run.seed)
-            adapt_routers(model, unlabelled, how, heads=run.heads, progress=not quiet)
+            adapt_routers(model, adapt_to, run.how(method), heads=run.heads, progress=not quiet)
         return model
+    if method in ADAMERGING:
+        learning = {"batches": adapt_to, "heads": run.heads, "how": run.how(method), "progress": not quiet}
+        return merge_static(run.clip, run.finetuned, "adamerging", scaling=settings.scaling, **learning)
     supervised = {task.name: batches(task.finetune, settings.batch_size) for task in run.tasks}
-    learning = {
-        "batches": unlabelled,
-        "heads": run.heads,
-        "scaling": settings.scaling,
-        "progress": not quiet,
-    }
-    steps, lr, seed = settings.adapt_steps, settings.adapt_lr, run.seed
     options = {
         "task_arithmetic": {"scaling": settings.scaling},
         "dare": {"scaling": settings.scaling, "seed": run.seed},
         "consensus": {"scaling": settings.scaling},
         "fisher": {"batches": supervised, "heads": run.heads, "seed": run.seed},
         "regmean": {"batches": supervised, "heads": run.heads},
-        "adamerging": {**learning, "how": Adaptation(steps, "entropy", lr, "constant", seed)},
-        "adamerging_mi": {**learning, "how": Adaptation(steps, "mutual_information", lr, "constant", seed)},
     }
-    torch.manual_seed(run.seed)
-    return merge_static(run.clip, run.finetuned, method.removesuffix("_mi"), **options.get(method, {}))
+    return merge_static(run.clip, run.finetuned, method, **options.get(method, {}))
+
+
+@torch.no_grad()
+def mean_gates(run: Run, model: nn.Module) -> dict[str, list[list[float]]]:
+    """Return, for each task's test images, the mean gates of each block, `[blocks, T]`."""
+    found = {}
+    for task in run.tasks:
+        with recorded_gates() as gates:
+            zero_shot_logits(model, task.test.tensors[0].to(run.accelerator.device), task.head_CD)
+        found[task.name] = [gates_BT.mean(0).tolist() for gates_BT in gates]
+    return found
 
 
 def _row(run: Run, method: str, output_dir: Path) -> dict[str, Any]:
@@ -236,20 +334,22 @@ def _row(run: Run, method: str, output_dir: Path) -> dict[str, Any]:
             model = _trained(run, output_dir / "finetuned" / "multitask", run.tasks, steps)
             trainable = sum(p.numel() for p in model.vision_model.parameters())
         else:
-            model = _merged(run, method, run.adaptation())
+            model = merged_by(run, method, run.adaptation(method))
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            if method.startswith("adamerging"):
+            if method in ADAMERGING:
                 trainable = len(run.tasks) * sum(1 for _ in run.clip.vision_model.parameters())
         models = dict.fromkeys([task.name for task in (*run.tasks, *run.held_out)], model)
         # A sparse entry's place counts as half a number: it has 32 bits, for all precisions.
         stored = sum(tensor.numel() for tensor in model.state_dict().values())
     seconds = time.perf_counter() - start
+    learned = method in WEMOE and WEMOE[method][1] is not None
     return {
         "accuracy": {t.name: accuracy(models[t.name], t.test, t.head_CD) for t in run.tasks},
         "held_out": {t.name: accuracy(models[t.name], t.test, t.head_CD) for t in run.held_out if t.name in models},
         "trainable_parameters": trainable,
         "stored_numbers": stored,
         "seconds": seconds,
+        **({"gates": mean_gates(run, models[run.tasks[0].name])} if learned else {}),
     }
 
 
@@ -262,7 +362,7 @@ def _robustness(run: Run, method: str, corruption: str, output_dir: Path) -> dic
     if method == "individual":
         models = {t.name: _trained(run, run.finetuned[t.name], [t], run.settings.finetune_steps) for t in run.tasks}
     else:
-        model = _merged(run, method, run.adaptation(change))
+        model = merged_by(run, method, run.adaptation(method, change))
         models = {task.name: model for task in run.tasks}
     # With `transductive` both calls corrupt the same images, and alike; otherwise noise is drawn anew.
     offset = 0 if run.settings.transductive else 1

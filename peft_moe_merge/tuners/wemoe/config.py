@@ -34,7 +34,8 @@ class WEMoEConfig(AdapterConfig):
         gate_rank: with `gates="projection"`, how many singular vectors the gates look at.
         top_k: with `gates="projection"`, how many tasks a token is given to.
         target_modules: the MLP blocks (with `gates="projection"` the `nn.Linear` layers): a list of name endings or
-            a regular expression. Known for CLIP and SigLIP: their vision towers.
+            a regular expression. Known for the vision towers of CLIP and SigLIP,
+            for ViT and for DINOv2.
         exclude_modules: those of `target_modules` to leave out, in the same form.
         static_modules: full names of the modules outside of the targets whose parameters the fine-tuned models
             changed; they get the sum of task vectors times `scaling`. `merge_finetuned` fills them in.

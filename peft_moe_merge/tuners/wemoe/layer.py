@@ -19,7 +19,7 @@ from .config import WEMoEConfig
 from .context import CALL
 from .ensembling import ensembled_linear, low_rank_linear, output_space_linear
 from .router import Router, projection_gates
-from .task_vectors import kept_entries, sparsify, truncate
+from .task_vectors import kept_entries, sparsify, truncate, truncate_factors
 
 
 class WEMoELayer(BaseTunerLayer):
@@ -179,7 +179,17 @@ class WEMoELinear(nn.Module, WEMoELayer):
             stored["wemoe_delta"] = deltas_TOI
             if config.gates == "projection":
                 stored["wemoe_gate"], _ = truncate(deltas_TOI, config.gate_rank)
-        for name, tensor in stored.items():
+        self._store(adapter_name, stored)
+
+    def set_factors(
+        self, adapter_name: str, config: WEMoEConfig, factors: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Store task vectors of low rank, each given as `up_OK · down_KI`, without ever building one."""
+        down_TRI, up_TRO = truncate_factors(factors, config.rank)
+        self._store(adapter_name, {"wemoe_down": down_TRI, "wemoe_up": up_TRO})
+
+    def _store(self, adapter_name: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        for name, tensor in tensors.items():
             if tensor is not None:
                 getattr(self, name)[adapter_name].copy_(tensor)
 
@@ -219,6 +229,14 @@ class WEMoEStatic(nn.Module, WEMoELayer):
         super().__init__()
         WEMoELayer.__init__(self, base_layer)
         self.wemoe_static = nn.ModuleDict()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet, or not any more
+                raise
+            return getattr(self.base_layer, name)  # models look into their parts, a ViT for the dtype of its patches
 
     def update_layer(self, adapter_name: str, config: WEMoEConfig) -> None:
         """Add an adapter that changes nothing yet."""

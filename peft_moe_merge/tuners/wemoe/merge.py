@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from tqdm import tqdm
 
 from peft_moe_merge.model_merging.finetuned import Finetuned, TaskVectors, load_task_vectors
 
@@ -24,6 +25,7 @@ def merge_finetuned(
     finetuned: Mapping[str, Finetuned] | Iterable[tuple[str, Finetuned]],
     config: WEMoEConfig | None = None,
     adapter_name: str = "default",
+    progress: bool = False,
 ) -> PeftModel:
     """Merge fine-tuned copies of `base` into one weight-ensembling mixture of experts (arXiv 2402.00433).
 
@@ -34,8 +36,11 @@ def merge_finetuned(
         finetuned: a fine-tuned model for each task: a model in memory, a folder or Hub id of a model or of a PEFT
             adapter of `base`, a `PeftModel`, or a state dict. A mapping, or pairs of name and model. Whole parts of
             the model may be missing, such as the text tower in a `CLIPVisionModel`.
+            Folders are read one tensor at a time, and with `rank` LoRAs are taken by their factors: there are never two
+            whole models in memory beside `base`.
         config: what to build; it is copied. `tasks` and `static_modules` are filled in.
         adapter_name: the name of the adapter in the returned model.
+        progress: show a progress bar.
 
     Returns:
         A `PeftModel` of which the routers are trainable (with `gates="projection"`, nothing is).
@@ -65,7 +70,7 @@ def merge_finetuned(
     # SMILE leaves everything outside of its linear layers as pretrained.
     config.static_modules = [] if config.gates == "projection" else _static_modules(vectors.changed(), targets)
     model = get_peft_model(base, config, adapter_name=adapter_name)
-    _fill(model, vectors, config, adapter_name)
+    _fill(model, vectors, config, adapter_name, progress)
     return model
 
 
@@ -89,14 +94,19 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _fill(model: PeftModel, vectors: TaskVectors, config: WEMoEConfig, adapter_name: str) -> None:
-    """Store the task vectors in the layers."""
-    for name, module in model.base_model.model.named_modules():
-        path = name.replace(".base_layer", "")
-        if isinstance(module, WEMoELinear):
+def _fill(model: PeftModel, vectors: TaskVectors, config: WEMoEConfig, adapter_name: str, progress: bool) -> None:
+    """Store the task vectors in the layers, parameter by parameter."""
+    layers = [
+        (name.replace(".base_layer", ""), module)
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, (WEMoELinear, WEMoEStatic))
+    ]
+    for path, module in tqdm(layers, desc="merging", disable=not progress):
+        if isinstance(module, WEMoEStatic):
+            for parameter, _ in module.base_layer.named_parameters():
+                module.set_shift(adapter_name, parameter, config.scaling * vectors.summed(f"{path}.{parameter}"))
+        elif config.rank is not None and (factors := vectors.factors(f"{path}.weight")) is not None:
+            module.set_factors(adapter_name, config, factors)  # a LoRA leaves biases alone
+        else:
             bias = vectors.stacked(f"{path}.bias") if module.base_layer.bias is not None else None
             module.set_task_vectors(adapter_name, config, vectors.stacked(f"{path}.weight"), bias)
-        elif isinstance(module, WEMoEStatic):
-            for parameter, _ in module.base_layer.named_parameters():
-                shift = config.scaling * vectors.stacked(f"{path}.{parameter}").sum(0)
-                module.set_shift(adapter_name, parameter, shift)

@@ -17,9 +17,13 @@ from .layer import WEMoEBlock, WEMoELayer, WEMoELinear, WEMoEStatic
 CLIP_LAYER = r"(?!.*text_model)(.*\.)?encoder\.layers\.\d+"
 CLIP_MLP = CLIP_LAYER + r"\.mlp"
 CLIP_LINEAR = CLIP_LAYER + r"\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+VIT_LAYER = r"(.*\.)?layers?\.\d+"  # `layers` in a ViT, `encoder.layer` in a DINOv2
+VIT_MLP = VIT_LAYER + r"\.mlp"
+VIT_LINEAR = VIT_LAYER + r"\.(attention\.(q|k|v|o)_proj|mlp\.(fc[12]|(gate|up|down)_proj))"
 ROUTER = ".wemoe_router."
 NAMED_HIDDEN = re.compile(r"(\.wemoe_router)\.[^.]+(\.hidden\.(?:weight|bias))$")
 CLIP_LIKE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+VIT_LIKE = ("vit", "dinov2", "dinov2_with_registers")
 
 
 def default_targets(gates: str, model_config: Any) -> str:
@@ -35,6 +39,8 @@ def default_targets(gates: str, model_config: Any) -> str:
     if hasattr(model_config, "to_dict"):
         model_config = model_config.to_dict()
     model_type = (model_config or {}).get("model_type")
+    if model_type in VIT_LIKE:
+        return VIT_LINEAR if gates == "projection" else VIT_MLP
     if model_type not in CLIP_LIKE:
         raise ValueError(
             f"WEMoE does not know the MLP blocks of a model of type {model_type!r}: name them in `target_modules` of "
@@ -94,7 +100,7 @@ class WEMoEModel(BaseTuner):
 
     prefix = "wemoe_"
     tuner_layer_cls = WEMoELayer
-    target_module_mapping = dict.fromkeys(CLIP_LIKE, CLIP_MLP)
+    target_module_mapping = dict.fromkeys(CLIP_LIKE, CLIP_MLP) | dict.fromkeys(VIT_LIKE, VIT_MLP)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not self.__dict__.get("injected"):

@@ -58,3 +58,26 @@ def truncate(deltas_TOI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
         down_RI[: len(down)] = down
         up_RO[: len(up)] = up
     return down_TRI, up_TRO
+
+
+def truncate_factors(factors: list[tuple[torch.Tensor, torch.Tensor]], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `truncate` does to products `up_OK · down_KI` that are given by their factors, and never built.
+
+    Returns:
+        `down_TRI` and `up_TRO`, as `truncate` returns them.
+    """
+    outputs, inputs = len(factors[0][0]), factors[0][1].shape[1]
+    down_TRI = factors[0][0].new_zeros(len(factors), rank, inputs)
+    up_TRO = factors[0][0].new_zeros(len(factors), rank, outputs)
+    for (up_OK, down_KI), down_RI, up_RO in zip(factors, down_TRI, up_TRO, strict=True):
+        if down_KI.shape[0] == 0:
+            continue
+        left_OK, left_KK = torch.linalg.qr(up_OK.double())
+        right_IK, right_KK = torch.linalg.qr(down_KI.double().T)
+        turn, sizes, back = torch.linalg.svd(left_KK @ right_KK.T)
+        rounding = max(1e-8, max(outputs, inputs) * torch.finfo(up_OK.dtype).eps)
+        kept = (sizes > rounding * sizes.amax())[:rank]
+        sizes_R, places = sizes[:rank][kept], range(int(kept.sum()))
+        down_RI[places] = (back[:rank][kept] @ right_IK.T).to(down_RI)
+        up_RO[places] = (sizes_R[:, None] * (left_OK @ turn[:, :rank][:, kept]).T).to(up_RO)
+    return down_TRI, up_TRO

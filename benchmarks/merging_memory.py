@@ -1,0 +1,104 @@
+"""The memory that merging fine-tuned copies takes: each way in a process of its own, from folders, with random weights.
+
+    python benchmarks/merging_memory.py                          # 8 ViT-B/32 vision towers, about 3 GB of temporary files
+    python benchmarks/merging_memory.py --layers 2 --width 128   # seconds
+
+What is reported is the peak of resident memory beyond what the process had with the base model loaded, in multiples of one
+tower. Linux only. Pages of files that the system keeps mapped count as resident, so that it is an upper bound.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from peft_moe_merge import WEMoEConfig, merge_finetuned
+from peft_moe_merge.model_merging.static import merge_static
+
+WAYS = {
+    "whole task vectors": {},
+    "sparsity 0.9": {"sparsity": 0.9},
+    "rank 32": {"rank": 32},
+    "LoRAs, rank 8": {"rank": 8},
+    "task_arithmetic": None,
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def tower(layers: int, width: int) -> CLIPVisionModel:
+    torch.manual_seed(0)
+    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return CLIPVisionModel(CLIPVisionConfig(**size, num_attention_heads=width // 64, patch_size=32))
+
+
+def prepare(folder: Path, tasks: int, layers: int, width: int) -> None:
+    """Write the base, copies with noise on it, and LoRAs."""
+    base = tower(layers, width)
+    base.save_pretrained(folder / "base")
+    for task in range(tasks):
+        generator = torch.Generator().manual_seed(task)
+        copied = {
+            n: p + 1e-3 * torch.randn(p.shape, generator=generator)
+            for n, p in base.state_dict().items()
+            if p.is_floating_point()
+        }
+        base.save_pretrained(folder / f"copy_{task}", state_dict=copied)
+        lora = get_peft_model(tower(layers, width), LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=False))
+        lora.save_pretrained(folder / f"lora_{task}")
+
+
+def peak() -> int:
+    """Return this process's own peak; what `getrusage` says would begin with that of the process which started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def measure(folder: Path, tasks: int, way: str) -> dict[str, float]:
+    """Merge, in this process, and return bytes: of one tower, before, and how far the peak is above."""
+    base = CLIPVisionModel.from_pretrained(folder / "base")
+    kind = "lora" if way.startswith("LoRAs") else "copy"
+    sources = {str(task): folder / f"{kind}_{task}" for task in range(tasks)}
+    before = peak()
+    options = WAYS[way]
+    if options is None:
+        model = merge_static(base, sources, way)
+    else:
+        model = merge_finetuned(base, sources, WEMoEConfig(**options))
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+    one = sum(p.numel() * p.element_size() for p in base.parameters())
+    return {"tower": one, "before": before, "added": peak() - before, "result": sum(tensors.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # in the processes that this one starts
+    args = parser.parse_args()
+    if args.measure:
+        folder, way = args.measure
+        print(json.dumps(measure(Path(folder), args.tasks, way)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), args.tasks, args.layers, args.width)
+        for way in args.ways:
+            command = [sys.executable, __file__, "--tasks", str(args.tasks), "--measure", folder, way]
+            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = json.loads(told.splitlines()[-1])
+            print(
+                f"{way:20s} one tower {found['tower'] / 1e6:7.1f} MB   the merged model {found['result'] / 1e6:7.1f} MB   peak above the "
+                f"base {found['added'] / 1e6:7.1f} MB = {found['added'] / found['tower']:.2f} towers",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
