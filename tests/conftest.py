@@ -14,7 +14,7 @@ import torch
 from hub.loopback import LoopbackHub
 from transformers import CLIPConfig, CLIPModel
 
-pytest_plugins = ["experiments"]  # fixtures of several tests
+pytest_plugins = ["experiments", "space.fixtures"]  # fixtures of several tests
 
 VISION = {
     "hidden_size": 32,
