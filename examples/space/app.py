@@ -160,7 +160,7 @@ def warmed(classifier: ContinualClassifier) -> ContinualClassifier:
     """Encode the classes of all tasks and see one image, so that the first visitor does not wait for that."""
     for task in (NONE, *classifier.tasks):
         classifier.class_texts(task)
-    classifier(Image.new("RGB", (64, 64)), task=NONE)
+    classifier(Image.new("RGB", (64, 64)), task=NONE if classifier.model.task_selector is None else None)
     return classifier
 
 
