@@ -57,7 +57,7 @@ def outcome(folder):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("moe_lora_pool", {"pool_r": 2, "max_experts": 5, "experts_per_task": 2}),
+        pytest.param("moe_lora_pool", {"pool_r": 2, "max_experts": 5, "experts_per_task": 2}, marks=pytest.mark.slow),
         pytest.param("lora_per_task", {"lora_r": 2}, marks=pytest.mark.slow),
         pytest.param("finetune", {}, marks=pytest.mark.slow),
     ],
