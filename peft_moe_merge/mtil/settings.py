@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 RENAMED_OPTIONS = {"--merge_router_columns": "--merge_routing"}
 """Options of the command line that were called otherwise in earlier releases."""
@@ -47,9 +47,13 @@ def borrowed(config: type, names: Iterable[str]) -> list[tuple[str, Any, Field]]
     ]
 
 
-def check_choices(settings: Any, name: str, known: Iterable[str]) -> None:
-    """Raise a ValueError unless a setting, or each item of one that is a list, is among the known values."""
-    value, known = getattr(settings, name), list(known)
+def check_choices(settings: Any, name: str, known: Iterable[str] | None = None) -> None:
+    """Raise a ValueError unless a setting, or each item of one that is a list, is among the known values.
+
+    By default these are the values of the setting's `Literal` type.
+    """
+    value = getattr(settings, name)
+    known = list(get_args(get_type_hints(type(settings))[name]) if known is None else known)
     unknown = [one for one in (value if isinstance(value, list) else [value]) if one not in known]
     if unknown:
         raise ValueError(f"Unknown {name} {unknown}; there are {known}.")

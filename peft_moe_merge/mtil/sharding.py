@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from peft_moe_merge.tuners.moe_lora_merge.distributed import gathered
+
 from .methods.base import Method
 
 
@@ -27,12 +29,8 @@ def sharded_copy(method: Method, accelerator: Accelerator) -> Iterator[None]:
     method.model = _without_scalars(copy.deepcopy(whole))
     try:
         yield
-        state = method.model.state_dict()
-        learnt = {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
-        }
-        own = whole.state_dict()
-        whole.load_state_dict({name: tensor.reshape(own[name].shape).to("cpu") for name, tensor in learnt.items()})
+        own, learnt = whole.state_dict(), method.model.state_dict()
+        whole.load_state_dict({name: gathered(learnt[name]).reshape(own[name].shape).cpu() for name in learnt})
     finally:
         method.model = whole
 

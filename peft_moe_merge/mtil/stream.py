@@ -55,8 +55,8 @@ class StreamSettings:
     )
 
     def __post_init__(self):
-        check_choices(self, "schedule", ("cosine", "linear", "constant_with_warmup"))
-        check_choices(self, "protocol", ("mtil", "x_tail"))
+        check_choices(self, "schedule")
+        check_choices(self, "protocol")
         check_at_least(self, 1, "steps", "batch_size", "eval_batch_size")
         check_at_least(self, 0, "weight_decay", "warmup_steps", "num_workers")
         if self.max_grad_norm is not None:

@@ -71,6 +71,7 @@ class DERPP(WholeClip):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.tasks.append(task.prompts(task.templates[0]))
+        self.tokens = self.tokenize([prompt for prompts in self.tasks for prompt in prompts])
         self.logits_NK = F.pad(self.logits_NK, (0, max(0, len(self.tasks[-1]) - self.logits_NK.shape[1])))
         # of the task's seed, but apart from the generator that crops images: all methods see the same crops
         self.generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -81,8 +82,7 @@ class DERPP(WholeClip):
         far_X, wrong_X = self._draw(), self._draw()
         rows = torch.cat([far_X, wrong_X])
         replayed = normalized(self.pixels_N3HW[rows], self.processor.image_processor).to(device)
-        tokens = self.tokenize([prompt for prompts in self.tasks for prompt in prompts])
-        tokens = {name: ids.to(device) for name, ids in tokens.items()}
+        tokens = {name: ids.to(device) for name, ids in self.tokens.items()}
         pixels = torch.cat([batch["pixel_values"], replayed])
         logits = model(pixel_values=pixels, **tokens).logits_per_image.float()
 

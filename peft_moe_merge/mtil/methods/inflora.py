@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.batches import eval_batches
 from ..data.task import Task
 from ..settings import check_at_least, check_positive, setting
-from .kept_loras import Changes, KeptLoras
+from .kept_loras import KeptLoras
 from .lora import LoraSettings
 
 
@@ -69,12 +69,6 @@ class InfLora(KeptLoras):
             else complement(self._kept[f"{layer}.{kind}"].double())
             for layer, _, kind in kinds
         }
-
-    def start(self) -> Changes:
-        return self.summed()
-
-    def merged(self) -> Changes:
-        return self.summed()
 
     @torch.no_grad()
     def begin_task(self, task: Task) -> None:

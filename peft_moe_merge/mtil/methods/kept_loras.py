@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +45,21 @@ class KeptLoras(Method):
             if isinstance(linear, nn.Linear) and layer.rpartition(".")[2] in TARGETS
         }
 
-    @abstractmethod
     def start(self) -> Changes:
-        """Return what a new task starts from; with no LoRA so far it is not asked."""
+        """Return what a new task starts from, here the sum of all LoRAs; with no LoRA so far it is not asked."""
+        return self.summed()
 
-    @abstractmethod
     def merged(self) -> Changes:
-        """Return what is tested when a task has ended."""
+        """Return what is tested when a task has ended, here the sum of all LoRAs."""
+        return self.summed()
 
-    def summed(self, count: int | None = None) -> Changes:
-        """Sum the first LoRAs, or all, multiplied out."""
-        return {
-            layer: sum(lora[layer][1] @ lora[layer][0] for lora in self.loras[:count]) for layer in self.pretrained
-        }
+    def changes(self, layer: str) -> list[Tensor]:
+        """Multiply out what each LoRA adds to a layer, in the order of the tasks."""
+        return [up_OR @ down_RF for down_RF, up_OR in (lora[layer] for lora in self.loras)]
+
+    def summed(self) -> Changes:
+        """Sum all LoRAs, multiplied out."""
+        return {layer: sum(self.changes(layer)) for layer in self.pretrained}
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -37,13 +38,9 @@ class MagMax(KeptLoras):
     name = "magmax"
     settings_class = MagMaxSettings
 
-    def start(self) -> Changes:
-        return self.summed()
-
     def merged(self) -> Changes:
-        vectors = [self.summed(count) for count in range(1, len(self.loras) + 1)]
         return {
-            layer: self.settings.magmax_scaling * largest(torch.stack([vector[layer] for vector in vectors]))
+            layer: self.settings.magmax_scaling * largest(torch.stack([*accumulate(self.changes(layer))]))
             for layer in self.pretrained
         }
 

@@ -10,7 +10,6 @@ from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.optimizer import loraplus_groups
-from peft_moe_merge.tuners.moe_lora_merge.pool import STRATEGIES
 
 from ..data.task import Task
 from ..settings import check_at_least, check_choices, check_positive, setting
@@ -39,8 +38,8 @@ class PoolSettings(LowRankSettings):
         super().__post_init__()
         check_at_least(self, 1, "experts_per_task", "pool_r")
         check_positive(self, "pool_lr")
-        check_choices(self, "pool_strategy", tuple(STRATEGIES))
-        check_choices(self, "pool_pair", ("most_similar", "random"))
+        check_choices(self, "pool_strategy")
+        check_choices(self, "pool_pair")
         self.config(["any"])  # the tuner checks what is its own
 
     def config(self, tasks: list[str]) -> MoELoraMergeConfig:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..data.task import Task
 from ..settings import check_at_least, setting
-from .kept_loras import Changes, KeptLoras
+from .kept_loras import KeptLoras
 from .lora import LoraSettings
 
 
@@ -39,12 +39,6 @@ class OLora(KeptLoras):
 
     name = "o_lora"
     settings_class = OLoraSettings
-
-    def start(self) -> Changes:
-        return self.summed()
-
-    def merged(self) -> Changes:
-        return self.summed()
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

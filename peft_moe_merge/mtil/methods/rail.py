@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,8 @@ class Rail(Method):
 
     def random_features(self, features_BP: Tensor) -> Tensor:
         """Return the hidden layer, B x M, in the features' precision."""
-        width = features_BP.shape[1]
-        generator = torch.Generator().manual_seed(self.seed)
-        projection_PM = torch.randn(width, self.settings.rail_features, generator=generator, dtype=torch.float64)
-        return (features_BP @ (projection_PM / width**0.5).to(features_BP)).relu()
+        projection_PM = projection(features_BP.shape[1], self.settings.rail_features, self.seed)
+        return (features_BP @ projection_PM.to(features_BP)).relu()
 
     def _solve(self) -> None:
         regular_MM = self.gram_MM + self.settings.rail_ridge * torch.eye(len(self.gram_MM), dtype=torch.float64)
@@ -101,7 +100,8 @@ class Rail(Method):
         A class is a learnt one if its prompts are among those learnt.
         """
         self.asked_CP = super().encode_classes(prompts, device)
-        self.columns = [[s for s, known in enumerate(self.prompts) if known in set(own)] for own in prompts]
+        wanted = map(set, prompts)
+        self.columns = [[s for s, known in enumerate(self.prompts) if known in own] for own in wanted]
         return torch.eye(len(prompts), device=device)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
@@ -127,3 +127,10 @@ class Rail(Method):
         learnt = json.loads((folder / "learnt.json").read_text())
         self.prompts, self.seed = learnt["prompts"], learnt["seed"]
         self._solve()
+
+
+@lru_cache(maxsize=2)  # every batch asks for it
+def projection(width: int, features: int, seed: int) -> Tensor:
+    """Draw the weights of the hidden layer, P x M in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(width, features, generator=generator, dtype=torch.float64) / width**0.5

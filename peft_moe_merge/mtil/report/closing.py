@@ -10,7 +10,7 @@ import numpy as np
 from peft_moe_merge.report.statistics import estimate, over_seeds, paired_differences
 
 from .changes import ZERO_SHOT, since_learnt
-from .summary import EVEN, ranking
+from .summary import EVEN, ranking, tasks_words
 
 
 def closing(results: dict[str, Any], page: Path) -> list[str]:
@@ -30,8 +30,7 @@ def closing(results: dict[str, Any], page: Path) -> list[str]:
 
 def _learnt(results: dict[str, Any], best: str) -> str:
     runs, count = results["methods"][best], len(results["tasks"])
-    tasks = f"{count} tasks" if count > 1 else "one task"
-    right = f"{over_seeds(runs, 'last').mean:.1f} % right in the mean over {tasks}"
+    right = f"{over_seeds(runs, 'last').mean:.1f} % right in the mean over {tasks_words(results)}"
     seeds = " (one seed)" if len(runs) == 1 else f" (means over {len(runs)} seeds)"
     if best == ZERO_SHOT:
         others = "the only method run" if len(results["methods"]) == 1 else "which no method surpassed"

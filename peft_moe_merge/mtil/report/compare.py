@@ -12,6 +12,7 @@ from peft_moe_merge.report.tables import Rows, difference, number
 
 from ..fingerprint import MAY_DIFFER
 from ..results import METRICS
+from .summary import interval_words
 from .tables import EQUIVALENCE_CAPTION, equivalence_verdict
 
 PAGE = "comparison.html"
@@ -129,10 +130,10 @@ def _sentence(method: str, change: Estimate) -> str:
     size = f"{abs(change.mean):.2f} points {'higher' if change.mean > 0 else 'lower'} in B"
     if change.half is None:
         return f"{method}: Last is {size}, with one seed; another seed may say otherwise."
-    interval = f"95 % interval over {change.seeds} seeds: {change.low:+.2f} to {change.high:+.2f}"
+    told = f"Last is {size}{interval_words(change, 2)}."
     if change.low <= 0 <= change.high:
-        return f"{method}: these seeds don't tell B from A. Last is {size} ({interval})."
-    return f"{method}: Last is {size} ({interval})."
+        return f"{method}: these seeds don't tell B from A. {told}"
+    return f"{method}: {told}"
 
 
 def comparison_page(a: Results, b: Results, names: tuple[str, str], margin: float | None = None) -> str:

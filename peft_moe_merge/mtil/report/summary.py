@@ -45,7 +45,9 @@ def winner(results: dict[str, Any]) -> str:
     if not order:
         return ""
     best, *others = order
-    first = f"{best} comes out first: at the end of the stream its accuracy, in the mean over {_tasks(results)}, is "
+    first = (
+        f"{best} comes out first: at the end of the stream its accuracy, in the mean over {tasks_words(results)}, is "
+    )
     first += _percent(over_seeds(results["methods"][best], "last"))
     if not others:
         return f"{first}. No other method was run."
@@ -53,8 +55,8 @@ def winner(results: dict[str, Any]) -> str:
     if lead.mean is None:
         return f"{first}. {others[0]} is second, with other seeds."
     if abs(lead.mean) < EVEN:
-        return f"{first}, and even with that of {others[0]}{_interval(lead)}."
-    return f"{first}, {lead.mean:+.1f} points from that of {others[0]}, the second{_interval(lead)}."
+        return f"{first}, and even with that of {others[0]}{interval_words(lead)}."
+    return f"{first}, {lead.mean:+.1f} points from that of {others[0]}, the second{interval_words(lead)}."
 
 
 def against_zero_shot(results: dict[str, Any], method: str | None = None) -> str:
@@ -74,12 +76,12 @@ def against_zero_shot(results: dict[str, Any], method: str | None = None) -> str
     if gain.mean is None:
         return ""
     changed = f"Against zero-shot, {method} {'gained' if gain.mean >= 0 else 'lost'} {_points(abs(gain.mean))}"
-    changed += _interval(gain)
+    changed += interval_words(gain)
     if transfer.mean is None:
         return f"{changed}."
     if abs(transfer.mean) < EVEN:
         return f"{changed}; on tasks not learnt yet (Transfer) it is as good."
-    return f"{changed}; on tasks not learnt yet (Transfer) {transfer.mean:+.1f}{_interval(transfer)}."
+    return f"{changed}; on tasks not learnt yet (Transfer) {transfer.mean:+.1f}{interval_words(transfer)}."
 
 
 def forgotten(results: dict[str, Any], method: str | None = None) -> str:
@@ -152,13 +154,15 @@ def _points(value: float) -> str:
     return f"{value:.1f} points"
 
 
-def _interval(known: Estimate) -> str:
+def interval_words(known: Estimate, digits: int = 1) -> str:
+    """Tell the interval of a difference, in brackets; or that there is none."""
     if known.half is None:
         return " (one seed)"
-    return f" (95 % interval over {known.seeds} seeds: {known.low:+.1f} to {known.high:+.1f})"
+    return f" (95 % interval over {known.seeds} seeds: {known.low:+.{digits}f} to {known.high:+.{digits}f})"
 
 
-def _tasks(results: dict[str, Any]) -> str:
+def tasks_words(results: dict[str, Any]) -> str:
+    """Tell how many tasks there are."""
     count = len(results["tasks"])
     return f"{count} tasks" if count > 1 else "one task"
 

@@ -117,6 +117,13 @@ def choose_merge(
     return None if target is None else Merge(target, *sources)
 
 
+def usage_of(some: list[int], usage_E: Tensor) -> Tensor:
+    """Return the usage of some experts; all others have -1, less than any expert that may be chosen."""
+    among_E = torch.full_like(usage_E, -1)
+    among_E[some] = usage_E[some]
+    return among_E
+
+
 def choose_union(
     usage_E: Tensor, own: list[int], experts: Callable[[int], Expert], pair: str = "most_used", keep: int = 1
 ) -> Merge | None:
@@ -135,9 +142,7 @@ def choose_union(
     own = sorted(set(own))
     if len(own) <= max(keep, 1):
         return None
-    among_E = torch.full_like(usage_E, -1)
-    among_E[own] = usage_E[own]
-    first, second = PAIRS[pair](among_E, experts)
+    first, second = PAIRS[pair](usage_of(own, usage_E), experts)
     return Merge(first, first, second) if {first, second} <= set(own) else None
 
 
@@ -154,9 +159,7 @@ def choose_room(used: list[int], usage_E: Tensor, experts: Callable[[int], Exper
     """
     used = sorted(used)
     if pair == "random":
-        among_E = torch.full_like(usage_E, -1)
-        among_E[used] = usage_E[used]
-        first, second = sorted(random_pair(among_E, experts))
+        first, second = sorted(random_pair(usage_of(used, usage_E), experts))
     else:
         first, second = most_alike(used, experts) or used[:2]
     return Merge(first, first, second)
