@@ -26,7 +26,7 @@ def sharded_copy(method: Method, accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     whole = method.model.cpu()
-    method.model = _without_scalars(copy.deepcopy(whole))
+    method.model = _to_shard(copy.deepcopy(whole))
     try:
         yield
         own, learnt = whole.state_dict(), method.model.state_dict()
@@ -35,11 +35,15 @@ def sharded_copy(method: Method, accelerator: Accelerator) -> Iterator[None]:
         method.model = whole
 
 
-def _without_scalars(model: nn.Module) -> nn.Module:
-    """FSDP2 takes no scalars: let each be a vector of one number."""
+def _to_shard(model: nn.Module) -> nn.Module:
+    """Change what FSDP2 can't take: scalars become vectors of one number, and CLIP, asked for its embeddings, has none to tell.
+
+    Accelerate would shard these apart, and `CLIPModel`, which has two kinds, raises an error when it is asked.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dim() == 0:
                 vector = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
                 setattr(module, name, vector)
+    model.get_input_embeddings = lambda: None
     return model
