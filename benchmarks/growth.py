@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib
 import torch
 import torch.nn.functional as F
+from memory import process_bytes
 from peft import PeftModel, get_peft_model
 from pool_step_time import make_batch
 from rich.console import Console
@@ -77,16 +78,6 @@ class Learner:
         self.callback.step(self.model, self.optimizer)
 
 
-def resident_bytes() -> int:
-    """Return what the process holds in memory now, as Linux counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(
-        "This system does not tell in /proc/self/status how much memory a process holds; it needs Linux."
-    )
-
-
 def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, list[float]]:
     """Let a pool grow, and measure after each task.
 
@@ -107,7 +98,7 @@ def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, l
         now = {
             "parameters": sum(parameter.numel() for parameter in own),
             "memory": sum(parameter.numel() * parameter.element_size() for parameter in own),
-            "resident": resident_bytes(),
+            "resident": process_bytes("VmRSS"),
             "step_seconds": statistics.median(seconds["grown"]),
             "step_ratio": statistics.median(ratios(seconds["grown"], seconds["first"])),
         }

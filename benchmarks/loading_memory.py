@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image
+from memory import process_bytes
 from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
@@ -35,11 +36,9 @@ from peft_moe_merge.mtil.data.hub.table import class_names
 ROWS_PER_FILE = 5000
 
 
-def memory() -> dict[str, float]:
+def held() -> dict[str, float]:
     """Return the process's memory in megabytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return {"anonymous": int(fields["RssAnon"]) / 1024, "mapped": int(fields["RssFile"]) / 1024}
+    return {"anonymous": process_bytes("RssAnon") / 2**20, "mapped": process_bytes("RssFile") / 2**20}
 
 
 def write_images(folder: Path, images: int, names: list[str], side: int) -> int:
@@ -81,7 +80,7 @@ def main() -> None:
     began, seen = time.perf_counter(), []
 
     def sample(moment: str) -> None:
-        seen.append(memory())
+        seen.append(held())
         cells = (f"{seen[-1]['anonymous']:.0f}", f"{seen[-1]['mapped']:.0f}", f"{time.perf_counter() - began:.0f}")
         table.add_row(moment, *cells)
 

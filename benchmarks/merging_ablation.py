@@ -7,19 +7,20 @@ same mixture without merging, with the same number of experts and the same seeds
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from variants import run_variants
 
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
-from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.results import add_run, empty_results, run_result, write_results
-from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+from peft_moe_merge.mtil.methods.base import Method
+from peft_moe_merge.mtil.stream import StreamSettings
 from peft_moe_merge.report.statistics import RULE, estimate, over_seeds, paired_differences
 from peft_moe_merge.report.tables import difference, spread
 
@@ -78,33 +79,24 @@ def print_study(results: dict[str, Any]) -> None:
     Console(width=160).print(table)
 
 
+def build(method: type[Method], settings: Any) -> Method:
+    """Make a variant's method."""
+    return method(*load_clip(mini_clip_path()), settings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/merging_ablation"))
     options = parser.parse_args()
 
-    accelerator = Accelerator()
-    tasks = load_suite("mini")
-    results = empty_results("mini", [task.name for task in tasks], {"seeds": options.seeds, **vars(STREAM)})
-    for seed in options.seeds:
-        for experts, variants in VARIANTS.items():
-            for variant, changed in {WITHOUT: None, **variants}.items():
-                method = METHODS["moe_adapters" if changed is None else "moe_lora_merge"]
-                settings = MethodSettings(num_experts=experts, **{"merge_every": CYCLE, **(changed or {})})
-                folder = f"{experts} {variant}".replace(",", "").replace("'", "").replace(" ", "_")
-                print(f"seed {seed}, {experts} experts, {variant}", flush=True)
-                progress = run_stream(
-                    tasks,
-                    lambda method=method, settings=settings: method(*load_clip(mini_clip_path()), settings),
-                    STREAM,
-                    options.output_dir / folder / f"seed_{seed}",
-                    accelerator,
-                    seed=seed,
-                    resume=True,
-                )
-                add_run(results, f"{experts}: {variant}", run_result(seed, progress))
-                write_results(options.output_dir / "results.json", results)
+    variants: dict[str, Callable[[], Method]] = {}
+    for experts, changes in VARIANTS.items():
+        for variant, changed in {WITHOUT: None, **changes}.items():
+            method = METHODS["moe_adapters" if changed is None else "moe_lora_merge"]
+            settings = MethodSettings(num_experts=experts, **{"merge_every": CYCLE, **(changed or {})})
+            variants[f"{experts}: {variant}"] = partial(build, method, settings)
+    results = run_variants(variants, STREAM, options.seeds, options.output_dir)
     print_study(results)
 
 

@@ -15,11 +15,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from memory import process_bytes
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from peft_moe_merge import WEMoEConfig, merge_finetuned
 from peft_moe_merge.model_merging.static import merge_static
+from peft_moe_merge.mtil.methods.lora import TARGETS
 
 WAYS = {
     "whole task vectors": {},
@@ -28,7 +30,6 @@ WAYS = {
     "LoRAs, rank 8": {"rank": 8},
     "task_arithmetic": None,
 }
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def tower(layers: int, width: int) -> CLIPVisionModel:
@@ -53,18 +54,12 @@ def prepare(folder: Path, tasks: int, layers: int, width: int) -> None:
         lora.save_pretrained(folder / f"lora_{task}")
 
 
-def peak() -> int:
-    """Return this process's own peak; what `getrusage` says would begin with that of the process which started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def measure(folder: Path, tasks: int, way: str) -> dict[str, float]:
     """Merge, in this process, and return bytes: of one tower, before, and how far the peak is above."""
     base = CLIPVisionModel.from_pretrained(folder / "base")
     kind = "lora" if way.startswith("LoRAs") else "copy"
     sources = {str(task): folder / f"{kind}_{task}" for task in range(tasks)}
-    before = peak()
+    before = process_bytes("VmHWM")
     options = WAYS[way]
     if options is None:
         model = merge_static(base, sources, way)
@@ -72,7 +67,7 @@ def measure(folder: Path, tasks: int, way: str) -> dict[str, float]:
         model = merge_finetuned(base, sources, WEMoEConfig(**options))
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     one = sum(p.numel() * p.element_size() for p in base.parameters())
-    return {"tower": one, "before": before, "added": peak() - before, "result": sum(tensors.values())}
+    return {"tower": one, "before": before, "added": process_bytes("VmHWM") - before, "result": sum(tensors.values())}
 
 
 def main() -> None:

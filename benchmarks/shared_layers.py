@@ -9,20 +9,19 @@ task trains the same number of parameters in all cases. An interrupted study goe
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from variants import run_variants
 
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
-from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
-from peft_moe_merge.mtil.results import add_run, empty_results, run_result, write_results
-from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+from peft_moe_merge.mtil.stream import StreamSettings
 from peft_moe_merge.report.statistics import RULE, estimate, over_seeds, paired_differences
 from peft_moe_merge.report.tables import difference, spread
 
@@ -76,30 +75,20 @@ def print_study(results: dict[str, Any]) -> None:
     Console(width=120).print(table)
 
 
+def build(shared: str) -> SharedPool:
+    """Make a pool that shares these layers."""
+    pool = type("SharedPool", (SharedPool,), {"shared": shared})
+    return pool(*load_clip(mini_clip_path()), MethodSettings())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/shared_layers"))
     options = parser.parse_args()
 
-    accelerator = Accelerator()
-    tasks = load_suite("mini")
-    results = empty_results("mini", [task.name for task in tasks], {"seeds": options.seeds, **vars(STREAM)})
-    for seed in options.seeds:
-        for name in SHARED:
-            pool = type("SharedPool", (SharedPool,), {"shared": name})
-            print(f"seed {seed}, shared: {name}", flush=True)
-            progress = run_stream(
-                tasks,
-                lambda pool=pool: pool(*load_clip(mini_clip_path()), MethodSettings()),
-                STREAM,
-                options.output_dir / name.replace(" ", "_") / f"seed_{seed}",
-                accelerator,
-                seed=seed,
-                resume=True,
-            )
-            add_run(results, name, run_result(seed, progress))
-            write_results(options.output_dir / "results.json", results)
+    variants = {name: partial(build, name) for name in SHARED}
+    results = run_variants(variants, STREAM, options.seeds, options.output_dir)
     print_study(results)
 
 

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from dispatch import add_dispatch
+from memory import STATUS, process_bytes
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -255,9 +256,8 @@ def peak_memory(name: str, settings: dict[str, Any], args: argparse.Namespace) -
 
 def peak_bytes() -> int:
     """Return the largest size this process had."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what `getrusage` says includes, on Linux, the size of the process that started this one
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    if STATUS.exists():
+        return process_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

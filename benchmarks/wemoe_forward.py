@@ -11,17 +11,15 @@ cores, `--clock cpu` counts the processor's time and not the wall's (with one th
 """
 
 import argparse
-import json
 import statistics
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from rounds import CLOCKS, ratios, write_json
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from peft_moe_merge.files import whole
 from peft_moe_merge.tuners.wemoe import WEMoEConfig
 from peft_moe_merge.tuners.wemoe.layer import WEMoEBlock
 
@@ -64,9 +62,6 @@ class Loop(nn.Module):
 PHASES = ("forward", "forward with gradients recorded", "forward and backward")
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
 def seconds(module: nn.Module, x_BSH: torch.Tensor, phase: str, clock: str) -> float:
     start = CLOCKS[clock]()
     with torch.set_grad_enabled(phase != "forward"):
@@ -88,15 +83,15 @@ def measure(
             elapsed = seconds(module, x_BSH, phase, clock)
             if turn > 0:  # the first turn warms up
                 times[name].append(elapsed)
-    ratios = {name: [a / b for a, b in zip(times["loop"], own, strict=True)] for name, own in times.items()}
-    plain = {name: [b / a for a, b in zip(times["plain MLP"], own, strict=True)] for name, own in times.items()}
+    faster = {name: ratios(times["loop"], own) for name, own in times.items()}
+    plain = {name: ratios(own, times["plain MLP"]) for name, own in times.items()}
     return {
         name: {
             "milliseconds": 1e3 * statistics.median(times[name]),
             "plain_mlps": statistics.median(plain[name]),
             "plain_mlps_range": [min(plain[name]), max(plain[name])],
-            "faster_than_loop": statistics.median(ratios[name]),
-            "faster_than_loop_range": [min(ratios[name]), max(ratios[name])],
+            "faster_than_loop": statistics.median(faster[name]),
+            "faster_than_loop_range": [min(faster[name]), max(faster[name])],
         }
         for name in contestants
     }
@@ -162,9 +157,7 @@ def main() -> None:
                     f"({low:.2f} to {high:.2f})  {row['faster_than_loop']:6.2f} x the loop"
                 )
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with whole(args.output) as partial:
-            partial.write_text(json.dumps(results, indent=1))
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":
