@@ -137,13 +137,20 @@ def train(way, noise, folder, options):
         with pytest.raises(ValueError, match="`router_locality_loss` needs whole experts"):
             merging.begin_task(model)
         adapted.peft_config["default"].router_locality_loss = 0.0
+    write_down(accelerator, model, adapted, folder, told)
+
+
+def write_down(accelerator, model, adapted, folder, told):
+    """Let each process write what it has in the end, with what is told beside it; and the first one the adapter."""
     for name, tensor in adapted.state_dict().items():
         if "moe_lora" in name:
             told[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    save_file({name: t.detach().clone().contiguous() for name, t in told.items()}, folder / f"rank_{rank}.safetensors")
+    file = folder / f"rank_{accelerator.process_index}.safetensors"
+    save_file({name: t.detach().clone().contiguous() for name, t in told.items()}, file)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        adapted.save_pretrained(folder / "adapter", state_dict=state if way == "fsdp" else None)
+        adapted.save_pretrained(folder / "adapter", state_dict=state if sharded else None)
     accelerator.end_training()
 
 

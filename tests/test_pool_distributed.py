@@ -7,9 +7,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from conftest import tiny_batch, tiny_clip
 from peft import PeftModel, get_peft_model
 from processes import run_together
-from safetensors.torch import load_file, save_file
-from test_distributed import LABELS, clip_to_shard, sharding_accelerator
-from torch.distributed.tensor import DTensor
+from safetensors.torch import load_file
+from test_distributed import LABELS, clip_to_shard, sharding_accelerator, write_down
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
 
@@ -59,14 +58,7 @@ def train(way, folder, fields):
         merging.end_task(model)
         merges += [merge for _, blocks in merging.merges for merge in blocks.values()]
     told = {"merges": torch.tensor([list(merge) for merge in merges])}
-    for name, tensor in adapted.state_dict().items():
-        if "moe_lora" in name:
-            told[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    save_file({name: t.detach().clone().contiguous() for name, t in told.items()}, folder / f"rank_{rank}.safetensors")
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        adapted.save_pretrained(folder / "adapter", state_dict=state if way == "fsdp" else None)
-    accelerator.end_training()
+    write_down(accelerator, model, adapted, folder, told)
 
 
 @pytest.fixture(scope="module")

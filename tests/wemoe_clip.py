@@ -31,6 +31,10 @@ def finetune(base: nn.Module, seed: int, part: str = "vision_model.", size: floa
     return tuned
 
 
+def features(model, images: torch.Tensor) -> torch.Tensor:
+    return model.get_image_features(pixel_values=images).pooler_output
+
+
 def stir_routers(model, seed: int = 3):
     """Routers start near a constant; give them the same large random weights each time, so that images differ."""
     generator = torch.Generator().manual_seed(seed)

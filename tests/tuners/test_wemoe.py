@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from transformers import CLIPConfig, CLIPModel
-from wemoe_clip import TASKS, finetune, small_clip, stir_routers
+from wemoe_clip import TASKS, features, finetune, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, ensembling, merge_finetuned
 from peft_moe_merge.tuners.wemoe.layer import WEMoEBlock, WEMoELinear
@@ -29,10 +29,6 @@ def finetuned(base):
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def features(model, images):
-    return model.get_image_features(pixel_values=images).pooler_output
 
 
 def reference_features(base, finetuned, images, routers, scaling=0.3):

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModel
-from wemoe_clip import TASKS, finetune, small_clip, stir_routers
+from wemoe_clip import TASKS, features, finetune, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, merge_finetuned
 from peft_moe_merge.tuners.wemoe.router import Router
@@ -33,10 +33,6 @@ def finetuned(base):
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def features(model, images):
-    return model.get_image_features(pixel_values=images).pooler_output
 
 
 @pytest.mark.parametrize(
