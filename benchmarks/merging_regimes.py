@@ -125,8 +125,13 @@ def kept(folder: Path) -> Iterator[tuple[str, str, dict]]:
     """Read what there is."""
     for regime, (_, variants) in REGIMES.items():
         for variant in variants:
-            for file in sorted(folder.glob(f"{folder_name(f'{regime}_{variant}')}_[0-9]*.json")):
+            for file in sorted(folder.glob(f"{name_of(regime, variant)}_[0-9]*.json")):
                 yield regime, variant, json.loads(file.read_text())
+
+
+def name_of(regime: str, variant: str) -> str:
+    """Name the files of a regime's variant."""
+    return folder_name(f"{regime}_{variant}")
 
 
 def main() -> None:
@@ -145,7 +150,7 @@ def main() -> None:
         for variant in REGIMES[regime][1]
     ]
     for seed, regime, variant in tqdm([] if options.only_show else asked, desc="runs"):
-        file = options.output_dir / f"{folder_name(f'{regime}_{variant}')}_{seed}.json"
+        file = options.output_dir / f"{name_of(regime, variant)}_{seed}.json"
         if not file.exists():
             told = learn(regime, variant, seed, accelerator)
             options.output_dir.mkdir(parents=True, exist_ok=True)
