@@ -3,6 +3,8 @@
     python benchmarks/whole_table.py --seeds 100 101 102 103 104 105 --output_dir runs/table [-- --suite <folder> ...]
     python benchmarks/whole_table.py --only_show --keep docs/results/mini --markdown      # from the files kept there
 
+    python benchmarks/whole_table.py --only_show --keep docs/results/mini --add runs/unknown  # and those of another study
+
 Every seed is a run of `examples/mtil.py` in a folder of its own, with the tasks in the order that the seed draws, so an
 interrupted study goes on where it was; other methods may be run later, in another folder. Arguments after `--` go to the
 example. `--keep` puts what the tables need of all runs into a folder, a compressed file per seed, beside what is kept there.
@@ -20,9 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from peft_moe_merge.files import whole
 from peft_moe_merge.mtil.methods import METHODS
+from peft_moe_merge.mtil.report.tables import x_tail_rows
 from peft_moe_merge.mtil.results import METRICS, add_run, read_results
+from peft_moe_merge.report.plots import GREY, look
 from peft_moe_merge.report.statistics import (
     equivalence,
     estimate,
@@ -119,6 +125,13 @@ def tables(runs: dict[str, list[dict]], margin: float) -> Iterator[tuple[str, Ro
             ]
             yield "Two one-sided tests", rows, "The margin was fixed beforehand."
 
+    if rows := x_tail_rows({"methods": runs}):
+        yield (
+            "X-TAIL",
+            rows,
+            "All classes of all tasks are candidates, and nobody names the task. Seeds that were run so.",
+        )
+
     rows = [["method", "trained at once", "stored, MB", "Last per MB stored", "seconds"]]
     for method, known in runs.items():
         stored, last = over_seeds(known, "stored_bytes").mean, over_seeds(known, "last").mean
@@ -139,6 +152,23 @@ def tables(runs: dict[str, list[dict]], margin: float) -> Iterator[tuple[str, Ro
     )
 
 
+def scatter(runs: dict[str, list[dict]], path: Path) -> None:
+    """Draw what each method keeps of what CLIP could do, Transfer, beside what it has learnt in the end, Last."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for position, (method, known) in enumerate(runs.items()):
+        across, up = (over_seeds(known, metric) for metric in ("transfer", "last"))
+        bars = {"xerr": across.half, "yerr": up.half, "elinewidth": 0.6, "capsize": 2}
+        axes.errorbar(across.mean, up.mean, linestyle="none", label=method, **look(position), **bars)
+    if "zero_shot" in runs:
+        axes.axvline(over_seeds(runs["zero_shot"], "transfer").mean, color=GREY, linewidth=0.6, linestyle=":")
+    axes.set_xlabel("Transfer, %")
+    axes.set_ylabel("Last, %")
+    figure.legend(loc="outside right center", frameon=False)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104, 105])
@@ -147,6 +177,14 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="where what the tables need of all runs is kept, default: OUTPUT_DIR/kept"
     )
+    parser.add_argument(
+        "--add",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of seed_*/results.json of other studies, to be kept too",
+    )
+    parser.add_argument("--figure", type=Path, help="draw Transfer beside Last, a PNG")
     parser.add_argument("--margin", type=float, default=2.0, help="of Last, in points, that do not matter")
     parser.add_argument("--only_show", action="store_true", help="what is kept, without running anything")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
@@ -157,6 +195,10 @@ def main() -> None:
 
     for seed in () if options.only_show else options.seeds:
         keep(read_results(run(seed, options, further)), folder, seed)
+    for file in sorted(file for other in options.add for file in other.glob("seed_*/results.json")):
+        keep(read_results(file), folder, int(file.parent.name.removeprefix("seed_")))
+    if options.figure:
+        scatter(kept_runs(folder), options.figure)
     console = terminal()
     for title, rows, caption in tables(kept_runs(folder), options.margin):
         if options.markdown:

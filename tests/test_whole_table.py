@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import whole_table
+from PIL import Image
 
-from peft_moe_merge.mtil.results import read_results
+from peft_moe_merge.mtil.results import empty_results, read_results, write_results
 
 SCRIPT = Path(whole_table.__file__)
 
@@ -44,6 +45,24 @@ def test_studies_add_up_in_what_is_kept(tmp_path):
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert "| moe_lora_pool | 3 |" in printed and "| zero_shot | 2 |" in printed
     assert "| lora_per_task | " in printed and "-0.50" in printed and "| yes | 0.0000 |" in printed
+
+
+def test_runs_of_another_study_are_kept_and_drawn(tmp_path):
+    run = told(100, {"rail": 40.0})
+    run["methods"]["rail"][0]["x_tail"] = [
+        {"selector": None, "decision": None, "transfer": 7.25, "average": 8.5, "last": 9.75}
+    ]
+    other = tmp_path / "other" / "seed_100" / "results.json"
+    other.parent.mkdir(parents=True)
+    write_results(other, empty_results("photos", ["a", "b"], {}) | {"methods": run["methods"]})
+    whole_table.keep(told(100, {"zero_shot": 30.0}), tmp_path / "kept", 100)
+    command = [sys.executable, str(SCRIPT), "--only_show", "--markdown", "--keep", str(tmp_path / "kept")]
+    command += ["--add", str(tmp_path / "other"), "--figure", str(tmp_path / "picture.png")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert "| rail | nobody | all classes | 7.25 | 8.50 | 9.75 |" in printed
+    assert list(whole_table.kept_runs(tmp_path / "kept")) == ["zero_shot", "rail"]
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 500
 
 
 def test_a_kept_file_that_is_damaged_is_named(tmp_path):
