@@ -1,4 +1,4 @@
-"""Where does merging pay? Bounded pools in three regimes, each beside its controls.
+"""Where does merging pay? Bounded pools in five regimes, each beside its controls.
 
     python benchmarks/merging_regimes.py --seeds 100 101 102 --output_dir runs/regimes
     python benchmarks/merging_regimes.py --only_show --output_dir runs/regimes --markdown
@@ -6,6 +6,8 @@
 - pools: the 11 tasks of `mini` in a pool of 6 or 12 experts, where 22 would be needed (30 steps of 32 images).
 - few: 20 related tasks, parts of four of mini's, 5 images a class, in a pool of 10 where 40 would be needed (20 steps of 16).
 - many: 50 tasks of two or three classes in a pool of 25 where 100 would be needed (10 steps of 16).
+- similar, dissimilar: the same 64 classes in 8 tasks of classes whose names are alike, or unlike, in a pool of 6 where 16 would be
+  needed (30 steps of 32).
 
 A full pool merges the two most alike experts of old tasks to make room; both tasks' routers then point to the union. Controls,
 one thing changed at a time: a random pair; one of the two kept in place of a union; the mean of factors in place of the best
@@ -69,14 +71,17 @@ REGIMES: dict[str, tuple[StreamSettings, dict[str, dict[str, Any]]]] = {
     ),
     "few": (StreamSettings(steps=20, batch_size=16, lr=[1e-2]), bounded(10, 40)),
     "many": (StreamSettings(steps=10, batch_size=16, lr=[1e-2]), bounded(25, 100)),
+    "similar": (StreamSettings(steps=30, batch_size=32, lr=[1e-2]), bounded(6, 16)),
+    "dissimilar": (StreamSettings(steps=30, batch_size=32, lr=[1e-2]), bounded(6, 16)),
 }
+SUITE = {"pools": "mini", "similar": "mini_similar", "dissimilar": "mini_dissimilar"}
 RELATED = ("animals", "flowers", "food", "vehicles")
 
 
 def tasks_of(regime: str, seed: int) -> list[Task]:
     """Load the tasks of a regime in the order of a seed."""
-    suite, few_shot = ("mini", None) if regime == "pools" else ("mini_parts", 5 if regime == "few" else None)
-    tasks = load_suite(suite, few_shot=few_shot, seed=seed, order="random", progress=False)
+    few_shot = 5 if regime == "few" else None
+    tasks = load_suite(SUITE.get(regime, "mini_parts"), few_shot=few_shot, seed=seed, order="random", progress=False)
     if regime == "few":
         of_each = {name: [task for task in tasks if task.name.startswith(name)][:5] for name in RELATED}
         tasks = [task for task in tasks if any(task in some for some in of_each.values())]
