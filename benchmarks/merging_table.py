@@ -28,13 +28,33 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 CHOSEN_ON = 4  # tasks
 LEFT_OUT = ("wemoe_1_layer", "wemoe_prior", "wemoe_rank_32_mi")  # variants that the table does not need
 TABLE = tuple(method for method in METHODS if method not in LEFT_OUT)
-GROUP_METHODS = ("average", "ties", "regmean", "iso_c", "tsv", "adamerging_mi", "wemoe_mi", "e_wemoe_mi", "smile")
+GROUP_METHODS = (
+    "average",
+    "ties",
+    "regmean",
+    "iso_c",
+    "tsv",
+    "adamerging_mi",
+    "wemoe_mi",
+    "e_wemoe_mi",
+    "wemoe_tsv_mi",
+    "smile",
+)
 KINDS = {
     "related": ("animals", "flowers", "food", "vehicles"),  # things in photographs, alike in style and size
     "unrelated": ("aerial", "colors", "letters", "textures"),  # each another kind of picture and of question
 }
 CORRUPTIONS = ("impulse", "pixelate")
-ROBUST_METHODS = ("pretrained", "task_arithmetic", "regmean", "adamerging_mi", "wemoe_mi", "smile")
+ROBUST_METHODS = (
+    "pretrained",
+    "task_arithmetic",
+    "regmean",
+    "tsv",
+    "adamerging_mi",
+    "wemoe_mi",
+    "wemoe_tsv_mi",
+    "smile",
+)
 
 
 def main() -> None:
