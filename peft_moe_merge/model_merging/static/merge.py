@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_moe_merge.model_merging.finetuned import Finetuned, load_task_vectors
+from peft_moe_merge.model_merging.orthogonal import orthogonal
 
 from .registry import STATIC_MERGES
 
@@ -18,6 +19,7 @@ def merge_static(
     base: nn.Module,
     finetuned: Mapping[str, Finetuned] | Iterable[tuple[str, Finetuned]],
     method: str = "task_arithmetic",
+    without_interference: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Merge fine-tuned copies of `base` into one model of the same architecture.
@@ -26,6 +28,7 @@ def merge_static(
         base: the pretrained model; it is not changed.
         finetuned: as in `merge_finetuned`.
         method: a key of `STATIC_MERGES`.
+        without_interference: give the method the tasks' orthogonal parts, whose sum is TSV-merge, in place of task vectors.
         **options: of the method. `fisher`, `regmean` and `adamerging` need `batches`, images of each task.
 
     Returns:
@@ -50,6 +53,8 @@ def merge_static(
             + "."
         )
     vectors = load_task_vectors(base, finetuned)
+    if without_interference:
+        vectors = orthogonal(vectors)
     for name in {"batches", "heads"} & set(options):
         if missing := [task for task in vectors.tasks if task not in options[name]]:
             raise ValueError(f"`{name}` lacks the tasks {missing}; it has {list(options[name])}.")

@@ -32,6 +32,7 @@ from .corruptions import corrupt
 from .finetune import accuracy, finetune
 from .images import TaskImages, batches, load_images
 
+TSV = {"without_interference": True, "scaling": 1.0}
 WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
     "wemoe": ({}, "entropy"),
     "wemoe_1_layer": ({"router_depth": 1}, "entropy"),
@@ -42,14 +43,25 @@ WEMOE: dict[str, tuple[dict[str, Any], str | None]] = {
     "wemoe_rank_32_mi": ({"rank": 32}, "mutual_information"),
     "wemoe_labels": ({}, "cross_entropy"),
     "e_wemoe_labels": ({"shared_router": True, "sparsity": 0.9}, "cross_entropy"),
+    "wemoe_tsv_mi": (TSV, "mutual_information"),
+    "wemoe_tsv_labels": (TSV, "cross_entropy"),
     "smile": ({"gates": "projection", "rank": 32, "gate_rank": 16}, None),
 }
 """Adapters by name: what differs from the default configuration, and the loss they adapt with. `_mi` and `_labels` are not
-published: mutual information, or the labels of a few images, in place of entropy."""
+published: mutual information, or the labels of a few images, in place of entropy. Nor is `_tsv`: tasks' orthogonal parts in
+place of task vectors."""
 
-ADAMERGING = {"adamerging": "entropy", "adamerging_mi": "mutual_information", "adamerging_labels": "cross_entropy"}
+ADAMERGING: dict[str, tuple[dict[str, Any], str]] = {
+    "adamerging": ({}, "entropy"),
+    "adamerging_mi": ({}, "mutual_information"),
+    "adamerging_labels": ({}, "cross_entropy"),
+    "adamerging_tsv_mi": (TSV, "mutual_information"),
+    "adamerging_tsv_labels": (TSV, "cross_entropy"),
+}
+"""Likewise."""
+
 STATIC = tuple(dict.fromkeys((*STATIC_MERGES, *ADAMERGING)))
-LOSSES = {**{name: loss for name, (_, loss) in WEMOE.items() if loss is not None}, **ADAMERGING}
+LOSSES = {name: loss for name, (_, loss) in {**WEMOE, **ADAMERGING}.items() if loss is not None}
 """What each method that adapts adapts with."""
 
 REFERENCES = ("pretrained", "individual", "multitask")
@@ -291,14 +303,15 @@ def merged_by(run: Run, method: str, adapt_to: dict[str, Any]) -> nn.Module:
     torch.manual_seed(run.seed)
     if method in WEMOE:
         options, loss = WEMOE[method]
-        config = WEMoEConfig(scaling=settings.scaling, **options)
+        config = WEMoEConfig(**{"scaling": settings.scaling, **options})
         model = merge_finetuned(copy.deepcopy(run.clip), run.finetuned, config)
         if loss is not None:
             adapt_routers(model, adapt_to, run.how(method), heads=run.heads, progress=not quiet)
         return model
     if method in ADAMERGING:
         learning = {"batches": adapt_to, "heads": run.heads, "how": run.how(method), "progress": not quiet}
-        return merge_static(run.clip, run.finetuned, "adamerging", scaling=settings.scaling, **learning)
+        options = {"scaling": settings.scaling, **ADAMERGING[method][0]}
+        return merge_static(run.clip, run.finetuned, "adamerging", **options, **learning)
     supervised = {task.name: batches(task.finetune, settings.batch_size) for task in run.tasks}
     options = {
         "task_arithmetic": {"scaling": settings.scaling},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import InitVar, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft_moe_merge.tuners.adapter_config import AdapterConfig
 from peft_moe_merge.tuners.registration import peft_type
@@ -31,6 +31,8 @@ class WEMoEConfig(AdapterConfig):
         shared_router: one router for all blocks.
         rank: keep task vectors as truncated singular value decompositions of this rank; `None` keeps them whole.
         sparsity: the share of each weight's task vector, smallest magnitudes first, that is dropped and not stored.
+        without_interference: take the tasks' orthogonal parts (TSV, arXiv 2412.00081) in place of task vectors: of each
+            matrix a T-th of the rank for each of T tasks, which `rank` then is if it is not given. Not published: see `tsv`.
         gate_rank: with `gates="projection"`, how many singular vectors the gates look at.
         top_k: with `gates="projection"`, how many tasks a token is given to.
         target_modules: the MLP blocks (with `gates="projection"` the `nn.Linear` layers): a list of name endings or
@@ -52,6 +54,7 @@ class WEMoEConfig(AdapterConfig):
     shared_router: bool = field(default=False, metadata={"help": "One router for all blocks."})
     rank: int | None = field(default=None, metadata={"help": "Rank of the stored task vectors, None for all."})
     sparsity: float = field(default=0.0, metadata={"help": "Share of a task vector that is dropped."})
+    without_interference: bool = field(default=False, metadata={"help": "Make the tasks' changes orthogonal (TSV)."})
     gate_rank: int = field(default=16, metadata={"help": "Singular vectors that projection gates look at."})
     top_k: int = field(default=1, metadata={"help": "Tasks per token with projection gates."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "MLP blocks to ensemble."})
@@ -89,6 +92,11 @@ class WEMoEConfig(AdapterConfig):
                 f"WEMoEConfig: rank={self.rank} and sparsity={self.sparsity} are two ways to store a task vector; "
                 "choose one of them."
             )
+        if self.without_interference and (self.sparsity or self.gates == "projection"):
+            raise ValueError(
+                "WEMoEConfig: without_interference=True keeps task vectors by their rank, and needs sparsity=0 and "
+                f"gates='learned'; got sparsity={self.sparsity} and gates={self.gates!r}."
+            )
         if self.gates == "projection":
             if self.shared_router:
                 raise ValueError(
@@ -101,6 +109,15 @@ class WEMoEConfig(AdapterConfig):
                     f"WEMoEConfig: gate_rank={self.gate_rank} singular vectors are asked of experts of "
                     f"rank={self.rank}; choose gate_rank <= rank."
                 )
+
+    @classmethod
+    def tsv(cls, **fields: Any) -> WEMoEConfig:
+        """Return a configuration whose model is TSV-merge before it adapts, not task arithmetic.
+
+        `scaling` is 1 and task vectors are without interference; other fields as usual. It stores as many numbers of an MLP as
+        the MLP has, whatever the number of tasks.
+        """
+        return cls(**{"scaling": 1.0, "without_interference": True, **fields})
 
 
 def _router(config: WEMoEConfig) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from peft_moe_merge.model_merging.finetuned import Finetuned, TaskVectors, load_task_vectors
+from peft_moe_merge.model_merging.orthogonal import orthogonal, rank_of_each
 
 from .config import WEMoEConfig
 from .layer import WEMoELinear, WEMoEStatic
@@ -29,7 +30,8 @@ def merge_finetuned(
 ) -> PeftModel:
     """Merge fine-tuned copies of `base` into one weight-ensembling mixture of experts (arXiv 2402.00433).
 
-    Before adaptation (`adapt_routers`) the result is close to task arithmetic with `config.scaling`.
+    Before adaptation (`adapt_routers`) the result is close to task arithmetic with `config.scaling`, with
+    `config.without_interference` and a scaling of 1 to TSV-merge.
 
     Args:
         base: the pretrained model. As with `get_peft_model`, the returned model wraps it; its weights do not change.
@@ -69,9 +71,18 @@ def merge_finetuned(
         )
     # SMILE leaves everything outside of its linear layers as pretrained.
     config.static_modules = [] if config.gates == "projection" else _static_modules(vectors.changed(), targets)
+    if config.without_interference:
+        vectors = orthogonal(vectors)
+        config.rank = config.rank or _rank(base, targets, len(vectors.tasks))
     model = get_peft_model(base, config, adapter_name=adapter_name)
     _fill(model, vectors, config, adapter_name, progress)
     return model
+
+
+def _rank(base: nn.Module, targets: set[str], tasks: int) -> int:
+    """The rank that holds every task's part of the largest weight whole."""
+    weights = [p for target in targets for p in base.get_submodule(target).parameters() if p.ndim == 2]
+    return max(rank_of_each(weight.shape, tasks) for weight in weights)
 
 
 def _static_modules(changed: set[str], targets: set[str]) -> list[str]:
