@@ -85,7 +85,7 @@ def low_rank_linear(
 ) -> torch.Tensor:
     """Return `y + Σ_t g_t (up_tᵀ (down_t x) + bias_t)`: two products for all tasks, the gates a scale between them.
 
-    It is written over y, the output of the pretrained layer: memory of its own would cost a tenth of that layer's time.
+    It is written over y, the output of the pretrained layer: fresh memory of that size takes time of its own.
     """
     hidden = F.linear(x_BSI, down_TRI.flatten(0, 1).to(x_BSI.dtype))  # [B, S, T * R]
     gates_BST = gates_BST.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
