@@ -15,6 +15,7 @@ loop keeps the merged weights of all images for the backward pass, 227 MB for ea
 """
 
 import argparse
+import copy
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ class Loop(nn.Module):
 
     def __init__(self, block: WEMoEBlock, adapter: str) -> None:
         super().__init__()
-        self.router = block.wemoe_router[adapter]
+        self.router = copy.deepcopy(block.wemoe_router[adapter]).requires_grad_()
         self.mlp = CLIPMLP(block.base_layer.config)
         deltas = {}
         for path, linear in block.linears.items():
