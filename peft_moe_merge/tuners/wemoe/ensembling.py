@@ -108,10 +108,9 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSI, gates_BT, weight_OI, bias_BO, deltas, index_TK):
         ctx.save_for_backward(x_BSI, gates_BT, weight_OI, deltas, index_TK)
-        bias_B1O = bias_BO.expand(len(x_BSI), -1)[:, None]
-        y_BSO = x_BSI.new_empty(*x_BSI.shape[:2], len(weight_OI))
+        y_BSO = x_BSI.new_empty(*x_BSI.shape[:2], len(weight_OI)).copy_(bias_BO[:, None])
         for images, rows, merged, _ in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
-            multiply(y_BSO[images, :, rows], bias_B1O[images, :, rows], x_BSI[images], merged.mT, beta=1)
+            multiply(y_BSO[images, :, rows], x_BSI[images], merged.mT, beta=1)
         return y_BSO
 
     @staticmethod
@@ -123,20 +122,20 @@ class MergedLinear(torch.autograd.Function):
         grad_bias = grad_BSO.sum(1) if ctx.needs_input_grad[3] else None
         for images, rows, merged, tile_TN in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
             if grad_x is not None:
-                multiply(grad_x[images], grad_x[images], grad_BSO[images, :, rows], merged, beta=1)
+                multiply(grad_x[images], grad_BSO[images, :, rows], merged, beta=1)
             if grad_gates is not None:  # the merged weights have served, and their memory can take their gradients
-                multiply(merged, merged, grad_BSO[images, :, rows].mT, x_BSI[images], beta=0)
+                multiply(merged, grad_BSO[images, :, rows].mT, x_BSI[images], beta=0)
                 grad_gates[images].addmm_(merged.flatten(1), tile_TN.T)
         return grad_x, grad_gates, None, grad_bias, None, None
 
 
-def multiply(out, added, left, right, beta):
-    """Set `out = beta * added + left @ right`, for each image."""
+def multiply(out, left, right, beta):
+    """Set `out = beta * out + left @ right`, for each image."""
     if out.is_cpu:  # here one product at a time is faster than a batched one
-        for parts in zip(out, added, left, right, strict=True):
-            torch.addmm(*parts[1:], beta=beta, out=parts[0])
+        for own, one, other in zip(out, left, right, strict=True):
+            torch.addmm(own, one, other, beta=beta, out=own)
     else:
-        out.copy_(torch.baddbmm(added, left, right, beta=beta))
+        out.copy_(torch.baddbmm(out, left, right, beta=beta))
 
 
 def merged_tiles(gates_BT, weight_OI, deltas, index_TK):
