@@ -18,6 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
@@ -87,7 +88,9 @@ class LoraTensors(Mapping):
 
 
 def stored_tensors(folder: str | PathLike, config: transformers.PretrainedConfig, model_cls: type) -> Mapping | None:
-    """Open a model's safetensors, None where names in the file are not those of the model or a tensor is missing.
+    """Open a model's safetensors, None where a tensor is missing, or is not in the file as it is in the model.
+
+    The files of some models (ViT, DINOv2) keep the names of earlier releases of transformers, by which it loads and saves.
 
     Args:
         folder: or a Hub id.
@@ -106,8 +109,15 @@ def stored_tensors(folder: str | PathLike, config: transformers.PretrainedConfig
         found = {part: Path(cached_file(folder, part)) for part in sorted(set(parts.values()))}
         files = {name: found[part] for name, part in parts.items()}
     with torch.device("meta"):
-        names = {name for name, _ in model_cls(config).named_parameters(remove_duplicate=False)}
-    return StoredTensors(files) if names <= files.keys() else None
+        model = model_cls(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if parameters.keys() <= files.keys():
+        return StoredTensors(files)
+    renamed = revert_weight_conversion(model, parameters) if isinstance(model, transformers.PreTrainedModel) else {}
+    places = {id(tensor): name for name, tensor in renamed.items() if name in files}
+    if not all(id(parameter) in places for parameter in parameters.values()):
+        return None
+    return Renamed(StoredTensors(files), {name: places[id(parameter)] for name, parameter in parameters.items()})
 
 
 def load_lora(base: nn.Module, adapter: str | PathLike) -> PeftModel:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 
 from peft_moe_merge import WEMoEConfig, merge_finetuned
 from peft_moe_merge.tuners.wemoe.layer import WEMoEBlock
+from peft_moe_merge.tuners.wemoe.model import default_targets
 from tests.wemoe_clip import TASKS, finetune, stir_routers
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -132,6 +134,37 @@ def test_projection_gates_find_every_linear_layer_of_the_blocks(tower):
         mixed.get_submodule(name).load_state_dict(tuned.get_submodule(name).state_dict())
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(outputs(model, images), outputs(mixed, images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@torch.no_grad()
+def test_folders_of_a_tower_merge_as_models_in_memory_do_and_load_again(tower, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    base = TOWERS[tower]().eval().requires_grad_(False)
+    copied = finetune(base, 1, "vision_model." if tower == "siglip" else "")
+    targets = default_targets("projection", base.config)
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    for name, model in {"base": base, "copied": copied, "lora": lora}.items():
+        model.save_pretrained(tmp_path / name)
+    merged = {"copied": copied, "lora": copy.deepcopy(lora).merge_and_unload()}
+    fresh = type(base).from_pretrained(tmp_path / "base").eval()
+    for options in ({}, {"rank": 4}, {"sparsity": 0.5}, {"gates": "projection", "rank": 4, "gate_rank": 2}):
+        with monkeypatch.context() as patch:
+            if tower != "dinov2_swiglu":  # whose files hold two of its weights as one
+                patch.setattr(
+                    type(base), "from_pretrained", None
+                )  # a whole model can't be loaded now: tensors are read
+            folders = {name: tmp_path / name for name in merged}
+            model = merge_finetuned(copy.deepcopy(base), folders, WEMoEConfig(**options))
+        expected = merge_finetuned(copy.deepcopy(base), merged, WEMoEConfig(**options))
+        for one in (model, expected):
+            stir_routers(one)
+        images = torch.randn(3, 3, 16, 16)
+        torch.testing.assert_close(outputs(model, images), outputs(expected, images), rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path / "merged")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path / "merged").eval()
+        torch.testing.assert_close(outputs(loaded, images), outputs(model, images), rtol=1e-4, atol=1e-5)
+        assert (outputs(model, images) - outputs(base, images)).abs().max() > 1e-2
 
 
 def test_another_kind_of_model_is_refused_with_the_way_out():

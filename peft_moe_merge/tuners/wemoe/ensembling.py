@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from .task_vectors import densify
 
 # For how many images weights are merged at a time, and how many entries of them. On a CPU a tile should stay in the cache
-# between being merged and being multiplied; elsewhere it should fill the device and leave room in its memory.
-TILES = {"cpu": (8, 2**21)}
+# between being merged and being multiplied (9 MiB in float32: 96 rows of an MLP's 3,072 inputs, which with 64 take a tenth
+# longer); elsewhere it should fill the device and leave room in its memory.
+TILES = {"cpu": (8, 9 * 2**18)}
 TILES_ELSEWHERE = (2**16, 2**27)
+ROWS = (
+    32  # a tile has a multiple of so many: what is left over by the widths that products are computed in costs a tenth
+)
 
 
 def output_space_is_cheaper(num_tokens: int, num_tasks: int) -> bool:
@@ -81,14 +85,17 @@ def low_rank_linear(
     up_TRO: torch.Tensor,
     bias_TO: torch.Tensor,
 ) -> torch.Tensor:
-    """Return `y + Σ_t g_t (up_tᵀ (down_t x) + bias_t)`: two products for all tasks, the gates a scale between them."""
+    """Return `y + Σ_t g_t (up_tᵀ (down_t x) + bias_t)`: two products for all tasks, the gates a scale between them.
+
+    It is written over y, the output of the pretrained layer: fresh memory of that size takes time of its own.
+    """
     hidden = F.linear(x_BSI, down_TRI.flatten(0, 1).to(x_BSI.dtype))  # [B, S, T * R]
     gates_BST = gates_BST.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
     scaled = (hidden.unflatten(-1, down_TRI.shape[:2]) * gates_BST[..., None]).flatten(-2)
     # The biases are one more row per task, whose hidden value is 1.
     left = torch.cat([scaled, gates_BST], dim=-1).flatten(0, -2)
     right = torch.cat([up_TRO.flatten(0, 1), bias_TO]).to(hidden.dtype)
-    return torch.addmm(y_BSO.flatten(0, -2), left, right).view_as(y_BSO)
+    return y_BSO.flatten(0, -2).addmm_(left, right).view(y_BSO.shape)
 
 
 class MergedLinear(torch.autograd.Function):
@@ -101,10 +108,9 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSI, gates_BT, weight_OI, bias_BO, deltas, index_TK):
         ctx.save_for_backward(x_BSI, gates_BT, weight_OI, deltas, index_TK)
-        bias_B1O = bias_BO.expand(len(x_BSI), -1)[:, None]
-        y_BSO = x_BSI.new_empty(*x_BSI.shape[:2], len(weight_OI))
+        y_BSO = x_BSI.new_empty(*x_BSI.shape[:2], len(weight_OI)).copy_(bias_BO[:, None])
         for images, rows, merged, _ in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
-            multiply(y_BSO[images, :, rows], bias_B1O[images, :, rows], x_BSI[images], merged.mT, beta=1)
+            multiply(y_BSO[images, :, rows], x_BSI[images], merged.mT, beta=1)
         return y_BSO
 
     @staticmethod
@@ -116,20 +122,20 @@ class MergedLinear(torch.autograd.Function):
         grad_bias = grad_BSO.sum(1) if ctx.needs_input_grad[3] else None
         for images, rows, merged, tile_TN in merged_tiles(gates_BT, weight_OI, deltas, index_TK):
             if grad_x is not None:
-                multiply(grad_x[images], grad_x[images], grad_BSO[images, :, rows], merged, beta=1)
+                multiply(grad_x[images], grad_BSO[images, :, rows], merged, beta=1)
             if grad_gates is not None:  # the merged weights have served, and their memory can take their gradients
-                multiply(merged, merged, grad_BSO[images, :, rows].mT, x_BSI[images], beta=0)
+                multiply(merged, grad_BSO[images, :, rows].mT, x_BSI[images], beta=0)
                 grad_gates[images].addmm_(merged.flatten(1), tile_TN.T)
         return grad_x, grad_gates, None, grad_bias, None, None
 
 
-def multiply(out, added, left, right, beta):
-    """Set `out = beta * added + left @ right`, for each image."""
+def multiply(out, left, right, beta):
+    """Set `out = beta * out + left @ right`, for each image."""
     if out.is_cpu:  # here one product at a time is faster than a batched one
-        for parts in zip(out, added, left, right, strict=True):
-            torch.addmm(*parts[1:], beta=beta, out=parts[0])
+        for own, one, other in zip(out, left, right, strict=True):
+            torch.addmm(own, one, other, beta=beta, out=own)
     else:
-        out.copy_(torch.baddbmm(added, left, right, beta=beta))
+        out.copy_(torch.baddbmm(out, left, right, beta=beta))
 
 
 def merged_tiles(gates_BT, weight_OI, deltas, index_TK):
@@ -140,7 +146,8 @@ def merged_tiles(gates_BT, weight_OI, deltas, index_TK):
     outputs, inputs = weight_OI.shape
     size, entries = TILES.get(weight_OI.device.type, TILES_ELSEWHERE)
     size = min(size, len(gates_BT))
-    step = max(1, min(outputs, entries // (size * inputs)))
+    step = entries // (size * inputs)
+    step = max(1, min(outputs, step - step % ROWS or step))
     memory = weight_OI.new_empty(size * step * inputs)
     groups = [slice(start, min(start + size, len(gates_BT))) for start in range(0, len(gates_BT), size)]
     for rows, tile_TN in task_vector_tiles(deltas, index_TK, weight_OI.shape, step):
@@ -169,5 +176,5 @@ def task_vector_tiles(deltas, index_TK, shape, step):
         tile_TN = memory[: len(deltas) * (rows.stop - rows.start) * inputs].view(len(deltas), -1).zero_()
         for tile_N, values_K, index_K, cut in zip(tile_TN, deltas, index_TK, cuts, strict=True):
             part = slice(cut[number], cut[number + 1])
-            tile_N.index_copy_(0, index_K[part].long() - rows.start * inputs, values_K[part])
+            tile_N.scatter_(0, (index_K[part] - rows.start * inputs).long(), values_K[part])
         yield rows, tile_TN
