@@ -71,6 +71,22 @@ def test_adding_a_task_takes_the_same_calls_after_5_and_after_60():
     assert counts[0] == counts[1] > 0
 
 
+def test_the_first_steps_of_a_task_take_the_same_calls_after_5_and_after_60():
+    """In which is also looked whether the optimizer knows what trains."""
+    counts = []
+    for tasks in (2, 5, 60):  # the first time more happens, whatever there is
+        model, callback = pool_of(tasks)
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
+        with Calls() as calls:
+            for _ in range(3):
+                model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                callback.step(model, optimizer)
+        counts.append(calls.count)
+    assert counts[1] == counts[2] > 0
+
+
 def test_what_a_task_adds_to_memory_and_to_each_step_is_linear():
     """Counts of selections were once kept for all tasks and all experts: that grew with the square."""
     stored, counted = [], []

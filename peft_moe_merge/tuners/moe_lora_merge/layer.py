@@ -115,7 +115,7 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
     def apply_requires_grad(self) -> None:
         """Let gradients flow to what the current task may train: its router, and the experts that are not frozen."""
         for adapter_name in self.moe_lora_experts:
-            for parameter, learns in self._learners(adapter_name):
+            for parameter, learns in self.learners(adapter_name):
                 parameter.requires_grad_(learns)
 
     def train_what_may_train(self, adapter_name: str, tasks: Collection[int] | None = None) -> None:
@@ -126,14 +126,12 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             adapter_name: whose.
             tasks: the tasks that began or ended: where tasks have experts of their own, those of others are not looked at.
         """
-        for parameter, learns in self._learners(adapter_name, tasks):
+        for parameter, learns in self.learners(adapter_name, tasks):
             parameter.requires_grad_(learns)
             if not learns:
                 parameter.grad = None
 
-    def _learners(
-        self, adapter_name: str, tasks: Collection[int] | None = None
-    ) -> Iterator[tuple[nn.Parameter, bool]]:
+    def learners(self, adapter_name: str, tasks: Collection[int] | None = None) -> Iterator[tuple[nn.Parameter, bool]]:
         """Go through the parameters of some tasks, by default of all, and say whether each may train."""
         experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
         config = self.adapters.configs[adapter_name]
