@@ -49,6 +49,14 @@ def whole(final: Path, then: str = "try again") -> Iterator[Path]:
     _flush(final.parent)
 
 
+def link_or_copy(file: Path, to: Path) -> None:
+    """Give a file, which nobody will ever change, a second name; where the file system has no such thing, copy it."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

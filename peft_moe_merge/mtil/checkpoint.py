@@ -3,6 +3,9 @@
 One folder per learnt task, `<folder>/after_<n>`, and in it the method's weights and `progress.json`. All randomness of
 a task comes from the seed and its position, so nothing else needs keeping: a task that was interrupted is done anew, to
 the same result. Nothing else that is in the folder is looked at or touched.
+
+What is over is written once: each task's results in `results_<n>.json`, and in `finished` the weights that a method will not
+change any more. The next checkpoint has the same files, by a second name of each (a hard link), and `progress.json` their checksums.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.files import whole
+from peft_moe_merge.files import file_sum, link_or_copy, whole
 
 from .fingerprint import differences
 
@@ -27,6 +31,21 @@ SELECTORS = "selectors"
 
 PROGRESS = "progress.json"
 """The file by which a checkpoint is known; it is written last."""
+
+FINISHED = "finished"
+"""The folder in a checkpoint with weights that are never written again; methods name the files."""
+
+RESULTS = "results_*.json"
+"""The files in a checkpoint with what came of each task."""
+
+WRITTEN = (RESULTS, f"{FINISHED}/*")
+"""What is written once."""
+
+PER_TASK = ("matrix", "losses", "history", "selection", "x_tail")
+"""The fields of `Progress` that have an entry per task."""
+
+WRITTEN_ONCE = "written_once"
+"""The key under which `progress.json` holds the checksums of all files that are written once."""
 
 
 @dataclass
@@ -89,8 +108,16 @@ def save(
     progress: Progress,
     write_weights: Callable[[Path], None],
     write_selectors: Callable[[Path], None] | None = None,
+    goes_on: bool = True,
 ) -> None:
     """Write the checkpoint of the task just learnt, then drop those before. It appears whole or not at all.
+
+    Args:
+        folder: of the run.
+        progress: what it has to show.
+        write_weights: writes the method's weights into a folder, in which those of `FINISHED` are already.
+        write_selectors: writes the run's selectors into a folder.
+        goes_on: there are tasks to come. Else the weights are written whole, and none are carried over.
 
     Raises:
         OSError: it could not be written, say for want of space. The one before is as it was.
@@ -98,13 +125,57 @@ def save(
     before = _checkpoints(folder)
     with whole(folder / f"after_{len(progress.matrix)}", GO_ON) as partial:
         partial.mkdir(parents=True)
+        sums = _carry_over(max(before, key=_tasks, default=None), partial, WRITTEN if goes_on else (RESULTS,))
         write_weights(partial)
         progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
         if write_selectors is not None:
             write_selectors(partial / SELECTORS)
-        (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
+        told = {name: value for name, value in vars(progress).items() if name not in PER_TASK}
+        _write_results(partial, progress)
+        for file in _written_once(partial):
+            if file not in sums:
+                sums[file] = file_sum(partial / file)
+        (partial / PROGRESS).write_text(json.dumps({**told, WRITTEN_ONCE: sums}))
     for checkpoint in before:
         shutil.rmtree(checkpoint)
+
+
+def _written_once(checkpoint: Path, kinds: tuple[str, ...] = WRITTEN) -> list[str]:
+    return sorted(path.relative_to(checkpoint).as_posix() for kind in kinds for path in checkpoint.glob(kind))
+
+
+def _carry_over(before: Path | None, partial: Path, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Put what was written once into the next checkpoint too, and return the checksums."""
+    if before is None:
+        return {}
+    known, sums = json.loads((before / PROGRESS).read_text()).get(WRITTEN_ONCE, {}), {}
+    for file in _written_once(before, kinds):
+        if file in known:
+            (partial / file).parent.mkdir(exist_ok=True)
+            link_or_copy(before / file, partial / file)
+            sums[file] = known[file]
+    return sums
+
+
+def _write_results(folder: Path, progress: Progress) -> None:
+    for position in range(len(progress.matrix)):
+        file = folder / RESULTS.replace("*", f"{position + 1:04d}")
+        if not file.exists():
+            entries = {name: getattr(progress, name) for name in PER_TASK}
+            file.write_text(json.dumps({name: of[position] for name, of in entries.items() if len(of) > position}))
+
+
+def _check_written_once(checkpoint: Path, sums: dict[str, str]) -> None:
+    """Raise a ValueError unless all files that were written once are there, as they were written."""
+    for file, expected in sums.items():
+        path = checkpoint / file
+        if path.is_file() and file_sum(path) == expected:
+            continue
+        what = "does not have the checksum that stands" if path.is_file() else "is missing, and named"
+        raise ValueError(
+            f"{str(path)!r} {what} in {PROGRESS}: the checkpoint is damaged. Put the file back from a copy, or delete "
+            f"{str(checkpoint)!r} to do the run anew, or choose another output folder."
+        )
 
 
 def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[Progress, Path] | None:
@@ -120,7 +191,7 @@ def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[P
 
     Raises:
         FileExistsError: there is one and `resume` is off, or something else has its name.
-        ValueError: the run was started with other settings, or its progress can't be read.
+        ValueError: the run was started with other settings, its progress can't be read, or a file is missing or damaged.
     """
     checkpoint = newest(folder)
     if checkpoint is None:
@@ -131,14 +202,20 @@ def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[P
             "output folder."
         )
     try:
-        progress = Progress(**json.loads((checkpoint / PROGRESS).read_text()))
-        done, listed = len(progress.matrix), dict(progress.settings)
+        told = json.loads((checkpoint / PROGRESS).read_text())
+        sums = dict(told.pop(WRITTEN_ONCE, {}))
+        progress = Progress(**told)
+        listed, progress.matrix = dict(progress.settings), list(progress.matrix)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{str(checkpoint / PROGRESS)!r} can't be read: {error}. It is damaged or of another release: delete "
             f"{str(checkpoint)!r} to do the run anew, or choose another output folder."
         ) from error
-    if done != _tasks(checkpoint):
+    _check_written_once(checkpoint, sums)
+    for file in sorted(name for name in sums if fnmatch(name, RESULTS)):  # none in a checkpoint of an older release
+        for name, entry in json.loads((checkpoint / file).read_text()).items():
+            getattr(progress, name).append(entry)
+    if (done := len(progress.matrix)) != _tasks(checkpoint):
         raise ValueError(
             f"{str(checkpoint)!r} tells of {done} tasks: it was renamed or damaged. Delete it to do the run anew, or choose "
             "another output folder."

@@ -194,7 +194,9 @@ class Stream:
             with self._said_by_which_process(position, output_dir):
                 self._learn(method, position, seed, progress, selectors)
                 if self.accelerator.is_main_process:
-                    checkpoint.save(output_dir, progress, method.save, selectors.save if selectors else None)
+                    goes_on = position + 1 < len(self.tasks)
+                    write = method.save_so_far if goes_on else method.save
+                    checkpoint.save(output_dir, progress, write, selectors.save if selectors else None, goes_on)
                 self.accelerator.wait_for_everyone()
         return progress
 

@@ -5,6 +5,7 @@ Shapes: B images, F features, T tasks, A allowed tasks, C classes of a task, P p
 
 from __future__ import annotations
 
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -103,6 +104,7 @@ class Selector(ABC):
         self.own: list[dict[str, Tensor]] = []
         self.shared: dict[str, Tensor] = {}
         self._prepared: dict[torch.device, Any] = {}
+        self._levels: tuple[list[Tensor], Tensor] = ([], torch.empty(0))  # the thresholds put together, and what of
 
     def options(self) -> dict[str, Any]:
         """Return the arguments, except the source, that make an equal selector without tasks."""
@@ -217,12 +219,15 @@ class Selector(ABC):
 
     def thresholds(self, together: int = 1) -> Tensor:
         """Return each task's threshold for the mean score of so many images: DoubleTensor[T]."""
-        # a file of the first release has the quantile alone: nothing to scale by
-        levels = [own["threshold"].flatten() for own in self.own]
-        quantile_T, mean_T, images_T = (
-            torch.stack([level[place] if len(level) > 1 else fallback(level[0]) for level in levels])
-            for place, fallback in enumerate((torch.clone, torch.clone, torch.ones_like))
-        )
+        kept = [own["threshold"] for own in self.own]
+        before, levels_T3 = self._levels
+        if len(kept) != len(before) or any(map(operator.is_not, kept, before)):
+            # a file of the first release has the quantile alone: nothing to scale by
+            whole = [level.flatten() for level in kept]
+            whole = [level if len(level) > 1 else torch.cat([level, level, torch.ones_like(level)]) for level in whole]
+            levels_T3 = torch.stack(whole)
+            self._levels = kept, levels_T3
+        quantile_T, mean_T, images_T = levels_T3.unbind(dim=1)
         scale_T = ((1 / max(together, 1) + 1 / images_T) / (1 + 1 / images_T)).sqrt()
         return (mean_T + (quantile_T - mean_T) * scale_T).where(quantile_T.isfinite(), quantile_T)
 

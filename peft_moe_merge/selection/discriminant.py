@@ -1,6 +1,6 @@
 """Regularized discriminant analysis: a Gaussian per task or class, between linear and quadratic.
 
-Shapes: B images, K images kept for calibration, F features, C components of a task, T tasks.
+Shapes: B images, K images kept for calibration, F features, C components of a task, S of all tasks, T tasks.
 """
 
 from __future__ import annotations
@@ -50,6 +50,63 @@ def component(means_CF: Tensor, covariance_FF: Tensor) -> Component:
     centre_F = means_CF.mean(dim=0)
     constant = -lower_FF.diagonal().log().sum().item() - math.log(len(means_CF))
     return Component(centre_F, whitening_FF, (means_CF - centre_F) @ whitening_FF, constant)
+
+
+class Separate:
+    """The mixtures of all tasks, each with a covariance of its own.
+
+    Args:
+        components: one a task.
+    """
+
+    def __init__(self, components: Sequence[Component]):
+        self.components = components
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Separate:
+        return Separate([one.to(device, dtype) for one in self.components])
+
+    def log_densities(self, features_BF: Tensor) -> Tensor:
+        """Return the logarithm of each task's density at each image, up to what is the same for all: B x T."""
+        return torch.stack([one.log_density(features_BF) for one in self.components], dim=1)
+
+
+class Common:
+    """The same where all tasks have one covariance: images are whitened once, and a task costs its means alone.
+
+    Args:
+        everything: the components of all tasks, as if they were one task's.
+        counts: how many of these are each task's, in order.
+    """
+
+    def __init__(self, everything: Component, counts: Sequence[int]):
+        self.everything, self.counts = everything, list(counts)
+        self.task_S = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        self.task_S = self.task_S.to(everything.means_CF.device)
+        # `everything.constant` has the logarithm of S where a task's has that of its own C
+        own_T = everything.means_CF.new_tensor(self.counts).log()
+        self.constant_T = everything.constant + math.log(len(self.task_S)) - own_T
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Common:
+        return Common(self.everything.to(device, dtype), self.counts)
+
+    def log_densities(self, features_BF: Tensor) -> Tensor:
+        """Return the logarithm of each task's density at each image, up to what is the same for all: B x T."""
+        one = self.everything
+        white_BF = (features_BF - one.centre_F) @ one.whitening_FF
+        fits_BS = white_BF @ one.means_CF.T - 0.5 * one.means_CF.square().sum(dim=1)
+        if len(self.task_S) > len(self.counts):
+            fits_BS = self._by_task(fits_BS)
+        return fits_BS - 0.5 * white_BF.square().sum(dim=1, keepdim=True) + self.constant_T
+
+    def _by_task(self, fits_BS: Tensor) -> Tensor:
+        """Take the logarithm of the sum of exponentials of each task's components: B x T."""
+        task_BS = self.task_S.expand_as(fits_BS)
+        nothing_BT = fits_BS.new_full((len(fits_BS), len(self.counts)), -torch.inf)
+        best_BT = nothing_BT.scatter_reduce(1, task_BS, fits_BS, "amax")
+        return (
+            best_BT
+            + torch.zeros_like(best_BT).scatter_add(1, task_BS, (fits_BS - best_BT.gather(1, task_BS)).exp()).log()
+        )
 
 
 class DiscriminantSelector(IncrementalSelector):
@@ -118,22 +175,27 @@ class DiscriminantSelector(IncrementalSelector):
 
     # ------------------------------------------------------------------------------------------------------- selecting
 
-    def _components(self, share: float, intensity: float) -> list[Component]:
+    def _components(self, share: float, intensity: float) -> Separate | Common:
         """Make every task's Gaussians by the two shares, in float64."""
         images = torch.stack([own["counts"].sum() for own in self.own])
         within_FF = self.shared["scatter"] if self.linear else sum(own["scatter"] for own in self.own)
         pooled_FF = within_FF / images.sum()
         floor = (pooled_FF.diagonal().mean().item() or 1.0) * 1e-6
-        made = []
-        for own, count in zip(self.own, images, strict=True):
-            covariance_FF = share * pooled_FF
-            if share < 1:
-                covariance_FF = covariance_FF + (1 - share) / count * own["scatter"]
+
+        def shrunk(covariance_FF: Tensor) -> Tensor:
             variances_F = covariance_FF.diagonal().clamp_min(floor)
             covariance_FF = (1 - intensity) * covariance_FF
             covariance_FF.diagonal().copy_(variances_F)
-            made.append(component(own["means"][own["counts"] > 0], covariance_FF))
-        return made
+            return covariance_FF
+
+        means = [own["means"][own["counts"] > 0] for own in self.own]
+        if share == 1:
+            return Common(component(torch.cat(means), shrunk(pooled_FF)), list(map(len, means)))
+        made = []
+        for own, means_CF, count in zip(self.own, means, images, strict=True):
+            covariance_FF = share * pooled_FF + (1 - share) / count * own["scatter"]
+            made.append(component(means_CF, shrunk(covariance_FF)))
+        return Separate(made)
 
     @torch.no_grad()
     def choose(self) -> tuple[float, float, float]:
@@ -152,18 +214,18 @@ class DiscriminantSelector(IncrementalSelector):
                     made = self._components(share, intensity)
                 except torch.linalg.LinAlgError:
                     continue  # too little shrinkage for so few images
-                scores_KT = torch.stack([one.log_density(kept_KF) for one in made], dim=1)
+                scores_KT = made.log_densities(kept_KF)
                 for temperature in TEMPERATURES.tolist():
                     loss = F.cross_entropy(temperature * scores_KT, tasks_K).item()
                     if loss < best[0]:
                         best = loss, share, intensity, temperature
         return best[1:]
 
-    def _prepare(self, device: torch.device) -> list[Component]:
+    def _prepare(self, device: torch.device) -> Separate | Common:
         share, intensity, _ = self.choose()
-        return [one.to(device, torch.float32) for one in self._components(share, intensity)]
+        return self._components(share, intensity).to(device, torch.float32)
 
     def decision_function(self, features_BF: Tensor) -> Tensor:
         made = self.prepared(features_BF.device)
         with torch.autocast(features_BF.device.type, enabled=False):
-            return torch.stack([one.log_density(features_BF.float()) for one in made], dim=1)
+            return made.log_densities(features_BF.float())

@@ -1,5 +1,7 @@
 """Selectors made of sums: the order of images, tasks and batches does not matter, and the results are scikit-learn's."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +260,29 @@ def test_bad_input():
         with pytest.raises(ValueError, match="NaN or infinite for 1 of 150 images"):
             selector.partial_fit("a", nan, labels)
         assert all(torch.equal(tensor, before[name]) for name, tensor in state(selector).items())
+
+
+@pytest.mark.parametrize("means", ["tasks", "classes"])
+def test_one_covariance_for_all_against_a_loop_over_densities(means):
+    """Tasks have 2, 3 and 1 classes; images are whitened once for all of them."""
+    generator = torch.Generator().manual_seed(0)
+    selector = DiscriminantSelector(means=means, shared=(1.0,), shrinkage=(0.1,), reject_rate=0, held_out=0.01)
+    for task, classes in enumerate((2, 3, 1)):
+        labels = torch.arange(60) % classes
+        centres = 3 * torch.randn(classes, 5, generator=generator)
+        selector.fit(f"task {task}", [(centres[labels] + torch.randn(60, 5, generator=generator), labels)])
+    images = torch.stack([own["counts"].sum() for own in selector.own]).sum()
+    covariance = selector.shared["scatter"] / images
+    covariance = 0.9 * covariance + 0.1 * torch.diag(covariance.diagonal())
+    x = torch.randn(7, 5, generator=generator)
+    expected = []
+    for own in selector.own:
+        mixed = [
+            torch.distributions.MultivariateNormal(mean, covariance).log_prob(x.double())
+            for mean, count in zip(own["means"], own["counts"], strict=True)
+            if count
+        ]
+        expected.append(torch.stack(mixed).logsumexp(dim=0) - math.log(len(mixed)) + 2.5 * math.log(2 * math.pi))
+    torch.testing.assert_close(
+        selector.decision_function(x), torch.stack(expected, dim=1).float(), rtol=1e-4, atol=1e-4
+    )

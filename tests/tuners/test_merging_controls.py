@@ -42,7 +42,7 @@ def test_a_full_pool_keeps_one_of_two(pair):
     usage = {"a": 9, "b": 2, "c": 5}
     for index, count in enumerate(usage.values()):
         for routers in model.router_banks().values():
-            routers.usage[index, routers.experts_of(index)] = count
+            routers.usage[index] = count
     before = {
         block: {
             task: [bank.expert(e)["down_weight"].clone() for e in model.experts_of_task(task)[block]] for task in usage

@@ -182,6 +182,14 @@ class Method(ABC):
     def save(self, folder: Path) -> None:
         """Write all that was learnt, as safetensors and JSON."""
 
+    def save_so_far(self, folder: Path) -> None:
+        """Write all that was learnt while there are tasks to come; `load` reads that too. By default, `save`.
+
+        A method that knows what it will not change any more puts that into files of `folder / checkpoint.FINISHED`, and
+        writes only those that are not there: the others have come from the checkpoint before.
+        """
+        self.save(folder)
+
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what `save` or `save_so_far` wrote."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.optimizer import loraplus_groups
+from peft_moe_merge.tuners.moe_lora_merge.parts import comes_in_parts, load_parts, part_of
 
+from ..checkpoint import FINISHED
 from ..data.task import Task
 from ..settings import check_at_least, check_choices, check_positive, setting
 from .lora import LowRankSettings
 from .moe_lora_merge import RoutedByTask
+
+UNFINISHED = "unfinished"
+"""The folder in a checkpoint with the configuration of an adapter that is not whole; PEFT is not to take it for one."""
 
 
 @dataclass
@@ -85,6 +93,32 @@ class MoELoraPool(RoutedByTask):
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return loraplus_groups(self.model, lr, self.settings.loraplus_ratio)
+
+    def save_so_far(self, folder: Path) -> None:
+        """Write the tasks that were not written before: without a bound nothing of a task changes once it has ended."""
+        self.set_task(self.learnt[-1])
+        config = self.model.peft_config["default"]
+        if not comes_in_parts(config):
+            self.save(folder)
+            return
+        (folder / FINISHED).mkdir(exist_ok=True)
+        for task, file in zip(self.learnt, self._parts(folder), strict=True):
+            if not file.exists():
+                save_file(part_of(self.model.base_model, task), file)
+        config.save_pretrained(folder / UNFINISHED)
+
+    def load(self, folder: Path) -> None:
+        if (
+            folder / SAFETENSORS_WEIGHTS_NAME
+        ).exists():  # the last checkpoint, one of a bounded pool or an older release
+            super().load(folder)
+            return
+        config = MoELoraMergeConfig.from_pretrained(folder / UNFINISHED)
+        self.learnt = list(config.tasks)
+        self.model = load_parts(self.model, config, self._parts(folder))
+
+    def _parts(self, folder: Path) -> list[Path]:
+        return [folder / FINISHED / f"task_{position + 1:04d}.safetensors" for position in range(len(self.learnt))]
 
     def history(self) -> dict[str, Any]:
         # which experts a task takes is no news: all of its own

@@ -36,8 +36,8 @@ def learnt_tasks(run: Path) -> list[str]:
     if tasks:
         return tasks
     raise ValueError(
-        f"{str(run)!r} holds no tasks' LoRAs: give the folder of one run of `lora_per_task` or `moe_lora_pool`, such as "
-        "runs/mtil/lora_per_task/seed_42."
+        f"{str(run)!r} holds no tasks' LoRAs: give the folder of one run of `lora_per_task`, or of `moe_lora_pool` "
+        "that has come to its end, such as runs/mtil/lora_per_task/seed_42."
     )
 
 

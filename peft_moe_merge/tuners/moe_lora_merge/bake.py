@@ -72,7 +72,8 @@ def bake_task(tuner: MoELoraMergeModel, task: str) -> PeftModel:
             for new, old in enumerate(kept[name]):
                 for parameter, source in zip(bank.parameters_of(new), banks[name].parameters_of(old), strict=True):
                     parameter.copy_(source)
-            router.usage.copy_(routers[name].usage[index, kept[name]])
+            counted = columns[name] if router.counts_columns else kept[name]
+            router.usage.copy_(routers[name].usage[index, counted])
             bank.frozen.copy_(banks[name].frozen[kept[name]])
             if router.columns is not None:
                 known = [routers[name].experts_of(index)[column] for column in columns[name]]

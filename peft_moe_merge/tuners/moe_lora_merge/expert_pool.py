@@ -8,21 +8,27 @@ from torch import Tensor, nn
 
 from .distributed import gathered, overwrite, several_processes
 from .experts import ExpertBank
-from .pool import STRATEGIES, Merge, choose_merge, choose_room, choose_union, favourites, untouched
+from .pool import STRATEGIES, Merge, choose_merge, choose_room, choose_union, favourites
 from .routers import RouterBank
 
 
 class ExpertPool:
     """The part of `MoELoraMergeModel` that acts on the experts of all blocks."""
 
-    def _allot_experts(self, task: str) -> dict[str, list[int]]:
-        """Find the experts of a new task in each block, and make them where there are too few."""
+    def _allot_experts(self, task: str) -> tuple[dict[str, list[int]], bool]:
+        """Find the experts of a new task in each block, and make them where there are too few.
+
+        Old tasks are looked at only where their experts have to merge, so that the hundredth task costs what the second does.
+
+        Returns:
+            Per block the experts, and whether old ones merged to make room.
+        """
         config, banks, routers = self._config, self.expert_banks(), self.router_banks()
-        reserved = config.task_experts == "reserved"
+        reserved, made_room = config.task_experts == "reserved", False
 
         def free(name: str) -> list[int]:
             if reserved:
-                return untouched(len(banks[name]), routers[name].columns.lists)
+                return sorted(routers[name].columns.free)
             return (~banks[name].frozen).nonzero().flatten().tolist()
 
         if reserved or config.num_experts == "grow":
@@ -48,12 +54,13 @@ class ExpertPool:
                 routers[name].grow(growth)
                 while reserved and len(free(name)) < config.experts_per_task:
                     self._make_room(banks[name], routers[name])
+                    made_room = True
         if reserved:
-            return {name: free(name)[: config.experts_per_task] for name in banks}
-        return {name: list(range(len(bank))) for name, bank in banks.items()}
+            return {name: free(name)[: config.experts_per_task] for name in banks}, made_room
+        return {name: list(range(len(bank))) for name, bank in banks.items()}, made_room
 
     def _make_room(self, bank: ExpertBank, routers: RouterBank) -> None:
-        used, usage_E = list({e for known in routers.columns.lists for e in known}), routers.usage.sum(dim=0)
+        used, usage_E = list(set(range(len(bank))) - routers.columns.free), routers.total_usage()
         self._unite(bank, routers, choose_room(used, usage_E, bank.expert, self._config.merge_pair), usage_E)
 
     def expert_usage(self, task: str | None = None) -> dict[str, Tensor]:
@@ -72,17 +79,17 @@ class ExpertPool:
         """
         index = self._task_index(task)
         self.share_expert_usage()
-        return {name: routers.usage[index].clone() for name, routers in self.router_banks().items()}
+        return {name: routers.usage_of(index) for name, routers in self.router_banks().items()}
 
     def share_expert_usage(self) -> None:
         """Add what every process has counted since the last time to the usage they agree on. All must call."""
         banks = list(self.router_banks().values())
         device = banks[0].usage.device
-        counts_NTE = torch.stack([routers.take_unshared_usage().to(device) for routers in banks])
+        fresh = torch.stack([routers.take_unshared_usage().to(device) for routers in banks])
         if several_processes():
-            dist.all_reduce(counts_NTE)
-        for routers, counts_TE in zip(banks, counts_NTE, strict=True):
-            routers.usage += counts_TE.to(routers.usage.device)
+            dist.all_reduce(fresh)
+        for routers, counts in zip(banks, fresh, strict=True):
+            routers.usage += counts.to(routers.usage.device)
 
     def forget_unshared_usage(self) -> None:
         """Drop what this process has counted since counts were last shared: a step that was not taken."""
@@ -121,7 +128,7 @@ class ExpertPool:
         merges = {}
         for name, layer in self.adapted_layers().items():
             bank, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
-            usage_E, own = routers.usage[index], routers.experts_of(index)
+            usage_E, own = routers.usage_of(index), routers.experts_of(index)
             if config.merge_routing == "redirect":
                 merge = choose_union(usage_E, own, bank.expert, config.merge_pair, keep)
             else:
@@ -148,7 +155,7 @@ class ExpertPool:
 
     def _overwrite(self, bank: ExpertBank, routers: RouterBank, merge: Merge, index: int) -> list[nn.Parameter]:
         """Set a third expert to the union of two."""
-        union = self._union(bank, merge, routers.usage[index])
+        union = self._union(bank, merge, routers.usage_of(index))
         for name, tensor in union.items():
             overwrite(getattr(bank, name)[merge.target], tensor)
         if self._config.merge_routing == "mean":
@@ -171,9 +178,7 @@ class ExpertPool:
         for name, tensor in union.items():
             overwrite(getattr(bank, name)[merge.first], tensor)
         bank.frozen[merge.first] |= bank.frozen[merge.second]
-        routers.columns.redirect(merge.second, merge.first)
-        routers.usage[:, merge.first] += routers.usage[:, merge.second]
-        routers.usage[:, merge.second] = 0
+        routers.columns.redirect(merge.second, merge.first)  # and so the counts, which are by column
         bank.refresh(merge.second, agreed=True)
         return [*bank.parameters_of(merge.first), *bank.parameters_of(merge.second)]
 
@@ -197,10 +202,10 @@ class ExpertPool:
             frozen_E = layer.moe_lora_experts[self._adapter].frozen
             routers = layer.moe_lora_routers[self._adapter]
             own = routers.experts_of(index) if reserved else None
-            best = favourites(routers.usage[index], top_k, own)
+            best = favourites(routers.usage_of(index), top_k, own)
             newly_frozen[name] = [expert for expert in best if not frozen_E[expert]]
             frozen_E[newly_frozen[name]] = True
-        self._train_what_may_train()
+        self._train_what_may_train([index])
         return newly_frozen
 
     def frozen_experts(self) -> dict[str, list[int]]:

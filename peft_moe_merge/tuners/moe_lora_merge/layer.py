@@ -5,6 +5,7 @@ Shapes: B samples, L tokens, D input width, O output width, E experts, K top_k, 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -113,24 +114,48 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
 
     def apply_requires_grad(self) -> None:
         """Let gradients flow to what the current task may train: its router, and the experts that are not frozen."""
-        for adapter_name, experts in self.moe_lora_experts.items():
-            config, routers = self.adapters.configs[adapter_name], self.moe_lora_routers[adapter_name]
-            trainable = self.moe_lora_trainable[adapter_name] and not self.disable_adapters
-            task = config.current_index
-            # a bank without data, as large models are first laid out, has nothing frozen
-            frozen_E = [False] * len(experts) if experts.frozen.is_meta else experts.frozen.tolist()
-            own = set(range(len(experts)))
-            if config.task_experts == "reserved":
-                own = set() if task is None else set(routers.experts_of(task))
-            for expert, frozen in enumerate(frozen_E):
-                for parameter in experts.parameters_of(expert):
-                    parameter.requires_grad_(trainable and not frozen and expert in own)
-            stopped = () if routers.stopped.is_meta else routers.stopped.nonzero().flatten().tolist()
-            for other in range(len(routers.weight)):
-                # the gate of a single expert is 1 whatever its score: such a router gets no gradient, which DDP resents
-                learns = other == task and other not in stopped and len(routers.experts_of(other)) > 1
-                for parameter in routers.parameters_of(other):
-                    parameter.requires_grad_(trainable and learns)
+        for adapter_name in self.moe_lora_experts:
+            for parameter, learns in self.learners(adapter_name):
+                parameter.requires_grad_(learns)
+
+    def train_what_may_train(self, adapter_name: str, tasks: Collection[int] | None = None) -> None:
+        """The same for one adapter. Gradients that parameters collected before they stopped training are dropped; an optimizer
+        would still use them.
+
+        Args:
+            adapter_name: whose.
+            tasks: the tasks that began or ended: where tasks have experts of their own, those of others are not looked at.
+        """
+        for parameter, learns in self.learners(adapter_name, tasks):
+            parameter.requires_grad_(learns)
+            if not learns:
+                parameter.grad = None
+
+    def learners(self, adapter_name: str, tasks: Collection[int] | None = None) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Go through the parameters of some tasks, by default of all, and say whether each may train."""
+        experts, routers = self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]
+        config = self.adapters.configs[adapter_name]
+        trainable = self.moe_lora_trainable[adapter_name] and not self.disable_adapters
+        current, reserved = config.current_index, config.task_experts == "reserved"
+        tasks = range(len(routers.weight)) if tasks is None else tasks
+        looked_at = list(range(len(experts)))
+        if reserved and len(tasks) < len(routers.weight):
+            looked_at = sorted({expert for task in tasks for expert in routers.experts_of(task)})
+        own = set(looked_at)
+        if reserved:
+            own = set() if current is None else set(routers.experts_of(current))
+        # a bank without data, as large models are first laid out, has nothing frozen
+        meta = experts.frozen.is_meta
+        frozen = [False] * len(looked_at) if meta else experts.frozen[looked_at].tolist()
+        for expert, is_frozen in zip(looked_at, frozen, strict=True):
+            for parameter in experts.parameters_of(expert):
+                yield parameter, trainable and not is_frozen and expert in own
+        for task in tasks:
+            # the gate of a single expert is 1 whatever its score: such a router gets no gradient, which DDP resents
+            learns = trainable and task == current and len(routers.experts_of(task)) > 1
+            learns = learns and (routers.stopped.is_meta or not routers.stopped[task])
+            for parameter in routers.parameters_of(task):
+                yield parameter, learns
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         adapter_names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -154,13 +179,6 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         self.apply_requires_grad()
-
-    def forget_gradients(self, adapter_name: str) -> None:
-        """Drop gradients that parameters collected before they stopped training; an optimizer would still use them."""
-        for bank in (self.moe_lora_experts[adapter_name], self.moe_lora_routers[adapter_name]):
-            for parameter in bank.parameters():
-                if not parameter.requires_grad:
-                    parameter.grad = None
 
     # ------------------------------------------------------------------------------------------------------ forward
 

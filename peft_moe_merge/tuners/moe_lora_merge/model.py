@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +28,7 @@ from .optimizer import watch_optimizers
 from .routed import RoutedBlock, RoutedModel, clear_leftovers, make_routable, restore_classes
 from .router_training import RouterTraining
 from .routers import RouterBank
-from .weights import check_weights
+from .weights import check_weights, counted_by_column
 
 CLIP_MLP_BLOCKS = ["mlp"]
 
@@ -266,15 +267,14 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
         Raises:
             ValueError: there is no such task.
         """
-        if task is not None:
-            self._config.task_index(task)
+        changed = {self._config.current_index, None if task is None else self._config.task_index(task)}
         self._change_config(current_task=NO_TASK if task is None else task)
-        self._train_what_may_train()
+        self._train_what_may_train(changed - {None})
 
-    def _train_what_may_train(self) -> None:
+    def _train_what_may_train(self, tasks: Collection[int] | None = None) -> None:
+        """Switch gradients on and off for some tasks, by default all, as `MoELoraMergeLayer.train_what_may_train` does."""
         for layer in self.adapted_layers().values():
-            layer.apply_requires_grad()
-            layer.forget_gradients(self._adapter)
+            layer.train_what_may_train(self._adapter, tasks)
         if self.training:
             watch_optimizers(self)
 
@@ -289,16 +289,19 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
             RuntimeError: the model is sharded.
         """
         check_new_task(task, self._config.tasks)
-        allotted = self._allot_experts(task)
+        widths = self._config.router_widths
+        allotted, made_room = self._allot_experts(task)
         for name, routers in self.router_banks().items():
             routers.add_task(allotted[name])
         changed: dict[str, Any] = {"tasks": [*self._config.tasks, task]}
         if self._config.stores_columns:
             routers = next(iter(self.router_banks().values()))
-            changed["router_widths"] = [len(routers.experts_of(index)) for index in range(len(changed["tasks"]))]
+            if widths is None:
+                widths = [len(routers.experts_of(index)) for index in range(len(self._config.tasks))]
+            changed["router_widths"] = [*widths, len(next(iter(allotted.values())))]
             changed["pool_size"] = routers.num_experts if self._config.num_experts == "grow" else None
         self._change_config(**changed)
-        self._train_what_may_train()
+        self._train_what_may_train(None if made_room else [len(changed["tasks"]) - 1])
 
     # ---------------------------------------------------------------------------------------------- choosing the task
 
@@ -388,5 +391,7 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.task_experts == "reserved":
+            state_dict = counted_by_column(state_dict)
         check_weights(model, config, adapter_name, state_dict)
         return state_dict

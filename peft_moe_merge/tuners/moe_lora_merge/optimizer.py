@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .layer import MoELoraMergeLayer
 
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
@@ -60,17 +63,20 @@ class _Watch:
         if self.done or tuner is None:
             return
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        experts = {name: p for name, p in tuner.named_parameters() if tuner.prefix in name}
-        if known.isdisjoint(map(id, experts.values())):
-            return  # somebody else's
+        training = {id(parameter): parameter for parameter in _training(tuner)}
+        if known.isdisjoint(training):  # it is somebody else's, or ours and of an earlier task
+            ours = {id(parameter) for name, parameter in tuner.named_parameters() if tuner.prefix in name}
+            if known.isdisjoint(ours):
+                return
         if id(optimizer) not in self.stepped:
             self.stepped[id(optimizer)] = known
             return
         self.done = True  # it stays, idle: hooks can't be removed while they are called
         known = set().union(*self.stepped.values())
-        left_out = [
-            name for name, p in experts.items() if p.requires_grad and p.grad is not None and id(p) not in known
-        ]
+        unknown = {key for key, parameter in training.items() if parameter.grad is not None and key not in known}
+        left_out = (
+            [name for name, parameter in tuner.named_parameters() if id(parameter) in unknown] if unknown else []
+        )
         if left_out:
             warnings.warn(
                 f"{len(left_out)} parameters get gradients that no optimizer knows, such as {left_out[0]!r}: it was made "
@@ -78,3 +84,14 @@ class _Watch:
                 "with it the `Trainer`) for each task, after `set_task`.",
                 stacklevel=3,
             )
+
+
+def _training(tuner: nn.Module) -> Iterator[nn.Parameter]:
+    """Go through the experts and routers that train, without a look at those of other tasks."""
+    for layer in tuner.modules():
+        if isinstance(layer, MoELoraMergeLayer):
+            for adapter_name in set(layer.active_adapters) & set(layer.moe_lora_experts):
+                current = layer.adapters.configs[adapter_name].current_index
+                for parameter, _ in layer.learners(adapter_name, [] if current is None else [current]):
+                    if parameter.requires_grad:
+                        yield parameter

@@ -249,5 +249,7 @@ def favourites(usage_E: Tensor, top_k: int, own: list[int] | None = None) -> lis
         own: the experts to look at, where a task has experts of its own: counted over all, those of older tasks could come
             first, and the task's own would stay open to the next task.
     """
-    order = [expert for expert in ranked(usage_E) if own is None or expert in own]
-    return sorted(expert for expert in order[:top_k] if usage_E[expert] > 0)
+    candidates = list(range(len(usage_E))) if own is None else sorted(set(own))
+    counts = dict(zip(candidates, usage_E[candidates].tolist(), strict=True))
+    order = sorted(candidates, key=lambda expert: -counts[expert])  # stable: the lower index first between equals
+    return sorted(expert for expert in order[:top_k] if counts[expert] > 0)

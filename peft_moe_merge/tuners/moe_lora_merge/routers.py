@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import MoELoraMergeConfig
 from .distributed import in_backward, is_sharded, several_processes
+from .pool import untouched
 from .routing import router_logits, top_k_gates
 
 UNSHARED = 256
@@ -42,17 +43,31 @@ class Columns(nn.Module):
     """Which expert each column of each task's router leads to. Two columns may lead to one expert, if two were merged.
 
     Kept twice: as buffers, which are saved, and as lists, which the host can read without asking the device.
+
+    Attributes:
+        num_experts: E.
+        lists: per task, the experts.
+        free: those of the E experts that no task knows. It follows from the lists, and is kept so that a further task need
+            not look at those before.
     """
 
-    def __init__(self):
+    def __init__(self, num_experts: int):
         super().__init__()
+        self.num_experts = num_experts
         self.lists: list[list[int]] = []
+        self.free = set(range(num_experts))
         self.register_load_state_dict_post_hook(_read_columns)
 
     def append(self, experts: Sequence[int], device: torch.device) -> None:
         """Add a task."""
         self.register_buffer(str(len(self.lists)), torch.tensor(experts, dtype=torch.int64, device=device))
         self.lists.append(list(experts))
+        self.free.difference_update(experts)
+
+    def grow(self, experts: int) -> None:
+        """Know of so many more experts."""
+        self.free.update(range(self.num_experts, self.num_experts + experts))
+        self.num_experts += experts
 
     def __getitem__(self, task: int) -> Tensor:
         return getattr(self, str(task))
@@ -69,16 +84,19 @@ class Columns(nn.Module):
         """Let a task's columns lead to these experts."""
         self[task].copy_(torch.tensor(experts))
         self.lists[task] = list(experts)
+        self.free = set(untouched(self.num_experts, self.lists))
 
     def redirect(self, old: int, new: int) -> None:
         """Lead to `new` whatever led to `old`."""
         for task, experts in enumerate(self.lists):
-            self.set(task, [new if expert == old else expert for expert in experts])
+            if old in experts:
+                self.set(task, [new if expert == old else expert for expert in experts])
 
 
 def _read_columns(columns: Columns, incompatible_keys: Any) -> None:
     if not any(buffer.is_meta for buffer in columns.buffers()):
         columns.lists = [columns[task].tolist() for task in range(len(columns.lists))]
+        columns.free = set(untouched(columns.num_experts, columns.lists))
 
 
 class RouterBank(nn.Module):
@@ -91,7 +109,9 @@ class RouterBank(nn.Module):
         weight: per task D x C.
         noise_weight: per task D x C; empty where routing has no noise.
         columns: per task, which experts these are; None where every task knows all of them, in order.
-        usage: int64 T x E, selections in training, of all processes, as far as they have been shared.
+        num_experts: E.
+        usage: int64 T x E, selections in training, of all processes, as far as they have been shared. Where tasks have
+            experts of their own T x C, by column: T x E would grow with the square of the tasks.
         stopped: bool T, whose router has learnt enough and trains no more.
         keep_decisions: record what is decided in training.
         unshared: what this process has counted since and not yet shared with the others, (task, counts_E or the number
@@ -105,8 +125,11 @@ class RouterBank(nn.Module):
         self.noisy = config.router_noise > 0
         self.weight = nn.ParameterList()
         self.noise_weight = nn.ParameterList()
-        self.columns = Columns() if config.stores_columns else None
-        self.register_buffer("usage", torch.zeros(0, config.experts_at_start, dtype=torch.int64))
+        self.num_experts = config.experts_at_start
+        self.columns = Columns(self.num_experts) if config.stores_columns else None
+        self.counts_columns = config.task_experts == "reserved"
+        width = 0 if self.counts_columns else self.num_experts
+        self.register_buffer("usage", torch.zeros(0, width, dtype=torch.int64))
         self.register_buffer("stopped", torch.zeros(0, dtype=torch.bool))
         self.keep_decisions = config.has_router_losses
         self.unshared: list[tuple[int, Tensor | int]] = []
@@ -127,19 +150,35 @@ class RouterBank(nn.Module):
         for routers in (self.weight, self.noise_weight) if self.noisy else (self.weight,):
             shape = (self.in_features, len(experts))
             routers.append(nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
-        self.usage = F.pad(self.usage, (0, 0, 0, 1))
+        wider = max(0, len(experts) - self.usage.shape[1]) if self.counts_columns else 0
+        self.usage = F.pad(self.usage, (0, wider, 0, 1))
         self.stopped = F.pad(self.stopped, (0, 1))
         if self.columns is not None:
             self.columns.append(experts, self.usage.device)
 
     def grow(self, experts: int) -> None:
-        """Count so many more experts."""
-        self.usage = F.pad(self.usage, (0, experts))
+        """Know of so many more experts."""
+        self.num_experts += experts
+        if self.columns is not None:
+            self.columns.grow(experts)
+        if not self.counts_columns:
+            self.usage = F.pad(self.usage, (0, experts))
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.usage.shape[1]
+    def usage_of(self, task: int) -> Tensor:
+        """Return how often a task selected each of the E experts, as far as counts have been shared."""
+        return self._by_expert(slice(task, task + 1))
+
+    def total_usage(self) -> Tensor:
+        """Return how often all tasks together selected each of the E experts."""
+        return self._by_expert(slice(None))
+
+    def _by_expert(self, tasks: slice) -> Tensor:
+        if not self.counts_columns:
+            return self.usage[tasks].sum(dim=0)
+        usage_E = self.usage.new_zeros(self.num_experts)
+        for task in range(len(self.weight))[tasks]:
+            usage_E.index_add_(0, self.columns[task], self.usage[task, : len(self.columns[task])])
+        return usage_E
 
     def experts_of(self, task: int) -> list[int]:
         """List the experts that a task's router knows, column by column."""
@@ -156,16 +195,19 @@ class RouterBank(nn.Module):
             self.usage += self.take_unshared_usage()
 
     def take_unshared_usage(self) -> Tensor:
-        """Return what this process has counted and not shared, T x E, and forget it."""
-        counted, counts_TE = len(self.unshared), torch.zeros_like(self.usage)
+        """Return what this process has counted and not shared, of the shape of `usage`, and forget it."""
+        counted, fresh = len(self.unshared), torch.zeros_like(self.usage)
         for task, counts in self.unshared[:counted]:
             if isinstance(counts, int):
-                for expert in self.experts_of(task):
-                    counts_TE[task, expert] += counts
+                fresh[task, : len(self.experts_of(task))] += counts
+            elif self.counts_columns:
+                known = self.experts_of(task)
+                for column in {known.index(expert) for expert in known}:  # if two lead to one expert, the first counts
+                    fresh[task, column] += counts[known[column]].to(fresh.device)
             else:
-                counts_TE[task] += F.pad(counts, (0, self.num_experts - len(counts))).to(counts_TE.device)
+                fresh[task] += F.pad(counts, (0, self.num_experts - len(counts))).to(fresh.device)
         del self.unshared[:counted]  # what another thread has appended meanwhile stays
-        return counts_TE
+        return fresh
 
     def forward(
         self,
