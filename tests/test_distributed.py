@@ -215,7 +215,8 @@ def test_sharded_is_like_one_process(alone, tmp_path):
 def test_processes_agree_though_each_draws_noise_of_its_own(way, tmp_path):
     """Launched by `torchrun`: what one process selects in a step another may not, in both towers."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [*command, __file__, way, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
     )
