@@ -275,7 +275,7 @@ class Stream:
             return
         with sharded_copy(method, self.accelerator):
             losses = self._optimize(method, position, seed, log) if parameters else []
-            method.end_task()
+        method.end_task()
         progress.losses.append(losses)
         progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
 

@@ -41,6 +41,8 @@ def learn(way, name, folder, settings, stops=(2, None), crop_scale=0.9):
 
     def build():
         clip, processor = small_clip(prompts)
+        if not METHODS[name].trains:
+            return METHODS[name](clip, processor, MethodSettings(**settings))
         return in_double(METHODS[name])(clip.double(), processor, MethodSettings(**settings))
 
     training = StreamSettings(steps=6, batch_size=8, lr=[1e-3], max_grad_norm=0.5, crop_scale=crop_scale)
@@ -56,13 +58,29 @@ def outcome(folder):
     return progress, {f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [
-        pytest.param("moe_lora_pool", {"pool_r": 2, "max_experts": 5, "experts_per_task": 2}, marks=pytest.mark.slow),
-        pytest.param("lora_per_task", {"lora_r": 2}, marks=pytest.mark.slow),
-        pytest.param("finetune", {}, marks=pytest.mark.slow),
-    ],
+    {
+        "moe_lora_pool": {"pool_r": 2, "max_experts": 5, "experts_per_task": 2},
+        "moe_lora_merge": {"num_experts": 8, "r": 2, "merge_every": 2},
+        "moe_adapters": {"num_experts": 8, "r": 2},
+        "lora_per_task": {"lora_r": 2},
+        "lora": {"lora_r": 2},
+        "lora_soup": {"lora_r": 2},
+        "magmax": {"lora_r": 2},
+        "o_lora": {"lora_r": 2},
+        "inflora": {"lora_r": 2},
+        "finetune": {},
+        "wise_ft": {},
+        "lwf": {},
+        "lwf_vr": {"extra_batch_size": 8},
+        "zscl": {"extra_batch_size": 8, "average_every": 4},
+        "icarl": {"extra_batch_size": 8, "exemplars": 20},
+        "der_pp": {"extra_batch_size": 8, "exemplars": 20},
+        "rail": {"rail_features": 96},
+        "zero_shot": {},
+    }.items(),
 )
 def test_a_sharded_stream_comes_to_what_data_parallel_training_does(name, settings, tmp_path):
     run_together(2, learn, "ddp", name, tmp_path / "ddp", settings)
