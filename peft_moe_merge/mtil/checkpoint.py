@@ -2,7 +2,8 @@
 
 One folder per learnt task, `<folder>/after_<n>`, and in it the method's weights and `progress.json`. All randomness of
 a task comes from the seed and its position, so nothing else needs keeping: a task that was interrupted is done anew, to
-the same result. Nothing else that is in the folder is looked at or touched.
+the same result. Nothing in it is of one process or another, so that any number of them can go on. Nothing else that is in the
+folder is looked at or touched.
 
 What is over is written once: each task's results in `results_<n>.json`, and in `finished` the weights that a method will not
 change any more. The next checkpoint has the same files, by a second name of each (a hard link), and `progress.json` their checksums.
@@ -21,7 +22,7 @@ from typing import Any
 
 from peft_moe_merge.files import file_sum, link_or_copy, whole
 
-from .fingerprint import differences
+from .fingerprint import PROCESSES, differences_but_processes
 
 GO_ON = "go on by `resume=True` (`--resume`)"
 """What to do after a failure, once its cause is mended."""
@@ -53,9 +54,10 @@ class Progress:
     """What a stream has to show so far.
 
     Attributes:
-        settings: the run's fingerprint and seed; a resumed one must have the same.
+        settings: the run's fingerprint and seed; a resumed one must have the same, but for the number of processes.
         matrix: one row of accuracies, in percent, per learnt task.
         seconds: spent on training and evaluation.
+        processes: per learnt task, how many trained it.
         losses: per learnt task, the loss of each step.
         history: per learnt task, what the method tells of its training: values by name, see `Method.history`.
         selection: per learnt task, what came of choosing the task by each selector.
@@ -69,6 +71,7 @@ class Progress:
     settings: dict[str, Any]
     matrix: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
+    processes: list[int] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     selection: list[Any] = field(default_factory=list)
@@ -179,7 +182,7 @@ def _check_written_once(checkpoint: Path, sums: dict[str, str]) -> None:
 
 
 def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[Progress, Path] | None:
-    """Read the newest checkpoint.
+    """Read the newest checkpoint. It may be of another number of processes, of which a warning tells.
 
     Args:
         folder: of the run.
@@ -187,7 +190,7 @@ def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[P
         resume: whether there may be one.
 
     Returns:
-        What was done, and the folder of the weights; None if there is nothing to resume.
+        What was done, with these settings, and the folder of the weights; None if there is nothing to resume.
 
     Raises:
         FileExistsError: there is one and `resume` is off, or something else has its name.
@@ -220,9 +223,11 @@ def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[P
             f"{str(checkpoint)!r} tells of {done} tasks: it was renamed or damaged. Delete it to do the run anew, or choose "
             "another output folder."
         )
-    if changed := differences(listed, json.loads(json.dumps(settings))):
+    if changed := differences_but_processes(listed, json.loads(json.dumps(settings))):
         raise ValueError(
             f"{str(folder)!r} holds a run with other settings: {changed}. Resume with those of the run, or choose another "
             "output folder."
         )
+    progress.processes = progress.processes or [listed[PROCESSES]] * done  # an older release did not tell
+    progress.settings = settings
     return progress, checkpoint

@@ -1,12 +1,14 @@
 """What shapes a result: all settings, the content of the data and the weights that a run starts from.
 
-A run goes on, and stands in one table with others, only where all of this is the same.
+A run goes on, and stands in one table with others, only where all of this is the same, but for the number of processes, of
+which a warning tells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +19,9 @@ from torch import nn
 from transformers import CLIPProcessor
 
 from .data.task import Task
+
+PROCESSES = "processes"
+"""The entry of a fingerprint that tells how many there are."""
 
 MAY_DIFFER = frozenset(
     {
@@ -53,7 +58,7 @@ def fingerprint(
         told |= {name: value for name, value in asdict(one).items() if name not in MAY_DIFFER}
     told |= {
         "tasks": [task.name for task in tasks],
-        "processes": accelerator.num_processes,
+        PROCESSES: accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "device": accelerator.device.type,
         "data_content": _digest(*(task.content.encode() for task in tasks)),
@@ -76,6 +81,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """List what differs between two fingerprints, each with its value then and now; empty if nothing does."""
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
+
+
+def differences_but_processes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """List what else differs between the fingerprints of runs; where the number of processes does, warn of what follows."""
+    then, here = before.get(PROCESSES), now.get(PROCESSES)
+    changed = differences({**before, PROCESSES: here}, {**now, PROCESSES: here})
+    if then is not None and then != here and not changed:
+        warnings.warn(
+            f"What was done before had {then} process{'es' if then > 1 else ''}, what follows has {here}. Images, their order, "
+            "steps and learnt weights are the same; random crops, and noise of routers and dropout, are drawn by each "
+            "process for itself, so these will be other draws. `results.json` tells, task by task, how many trained it.",
+            stacklevel=3,
+        )
+    return changed
 
 
 def _digest(*parts: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from peft_moe_merge.files import whole
 
 from .checkpoint import GO_ON, Progress
-from .fingerprint import differences
+from .fingerprint import differences_but_processes
 from .metrics.mtil import stream_metrics
 
 PACKAGES = ("peft-moe-merge", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -42,6 +42,7 @@ def run_result(seed: int, progress: Progress) -> dict[str, Any]:
             "matrix": progress.matrix,
             **stream_metrics(progress.matrix),
             "seconds": progress.seconds,
+            "processes": progress.processes,
             "trainable_parameters": progress.trainable_parameters,
             "stored_bytes": progress.stored_bytes,
             "losses": progress.losses,
@@ -165,7 +166,7 @@ def extended_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
             f"{str(path)!r} does not say what its runs were shaped by: it is of another release. Choose another output "
             "folder."
         )
-    if changed := differences(before["fingerprint"], json.loads(json.dumps(results["fingerprint"]))):
+    if changed := differences_but_processes(before["fingerprint"], json.loads(json.dumps(results["fingerprint"]))):
         raise ValueError(
             f"{str(path)!r} tells of runs with other settings: {changed}. Use theirs, so that the runs can be compared, "
             "or choose another output folder."

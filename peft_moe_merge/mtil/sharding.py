@@ -25,6 +25,7 @@ def sharded_copy(method: Method, accelerator: Accelerator) -> Iterator[None]:
     if accelerator.distributed_type != DistributedType.FSDP:
         yield
         return
+    device = next(method.model.parameters()).device
     whole = method.model.cpu()
     method.model = _to_shard(copy.deepcopy(whole))
     try:
@@ -32,7 +33,7 @@ def sharded_copy(method: Method, accelerator: Accelerator) -> Iterator[None]:
         own, learnt = whole.state_dict(), method.model.state_dict()
         whole.load_state_dict({name: gathered(learnt[name]).reshape(own[name].shape).cpu() for name in learnt})
     finally:
-        method.model = whole
+        method.model = whole.to(device)
 
 
 def _to_shard(model: nn.Module) -> nn.Module:

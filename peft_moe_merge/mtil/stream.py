@@ -160,7 +160,8 @@ class Stream:
             build_method: makes the method, with its model, anew.
             output_dir: where checkpoints go, one per learnt task, the latest of which stays.
             seed: of everything random.
-            resume: go on where an earlier run in `output_dir` was interrupted; the result is the same.
+            resume: go on where an earlier run in `output_dir` was interrupted; the result is the same. Another number of
+                processes draws other noise and crops, and a warning says so.
             stop_after: leave after so many tasks, as if interrupted.
 
         Returns:
@@ -188,6 +189,8 @@ class Stream:
         if done is not None:
             progress, weights = done
             method.load(weights)
+            if progress.processes[-1] != self.accelerator.num_processes:
+                method.change_processes(progress.processes[-1], self.accelerator.num_processes)
             if selectors is not None:
                 selectors.load(weights / checkpoint.SELECTORS)
         for position in range(len(progress.matrix), len(self.tasks[:stop_after])):
@@ -215,6 +218,7 @@ class Stream:
         self.train(method, position, task_seed, progress, log)
         row = [self.accuracy(method, task) for task in self.tasks]
         progress.matrix.append(row)
+        progress.processes.append(self.accelerator.num_processes)
         all_classes = LabelSpace.of_all(self.tasks) if self.settings.protocol == "x_tail" else None
         if selectors is not None:
             selectors.fit(method, self.tasks[position], self.settings, self.accelerator)
@@ -273,7 +277,7 @@ class Stream:
             return
         with sharded_copy(method, self.accelerator):
             losses = self._optimize(method, position, seed, log) if parameters else []
-            method.end_task()
+        method.end_task()
         progress.losses.append(losses)
         progress.history.append(json.loads(json.dumps(method.history())))  # as a resumed run reads it
 

@@ -6,9 +6,9 @@ What DDP does is compared with one process elsewhere; a stream of one crops imag
 import json
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from differences import assert_alike
 from processes import run_together
 from safetensors.torch import load_file
 from test_distributed import sharding_accelerator
@@ -32,7 +32,8 @@ def in_double(method):
     return Double
 
 
-def learn(way, name, folder, settings):
+def learn(way, name, folder, settings, stops=(2, None), crop_scale=0.9):
+    """Learn, and leave after so many tasks and go on, once or more."""
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = sharding_accelerator() if way == "fsdp" else Accelerator(cpu=True, kwargs_handlers=[handler])
     tasks = load_suite("digits")
@@ -40,27 +41,46 @@ def learn(way, name, folder, settings):
 
     def build():
         clip, processor = small_clip(prompts)
+        if not METHODS[name].trains:
+            return METHODS[name](clip, processor, MethodSettings(**settings))
         return in_double(METHODS[name])(clip.double(), processor, MethodSettings(**settings))
 
-    training = StreamSettings(steps=6, batch_size=8, lr=[1e-3], max_grad_norm=0.5)
-    Stream(tasks, training, accelerator).run(build, folder, seed=3, stop_after=2)
-    Stream(tasks, training, accelerator).run(build, folder, seed=3, resume=True)
+    training = StreamSettings(steps=6, batch_size=8, lr=[1e-3], max_grad_norm=0.5, crop_scale=crop_scale)
+    for tasks_done in stops:
+        Stream(tasks, training, accelerator).run(build, folder, seed=3, resume=True, stop_after=tasks_done)
     accelerator.end_training()
 
 
 def outcome(folder):
     (last,) = folder.glob("after_*")
     progress = json.loads((last / "progress.json").read_text())
-    return progress, {path.name: load_file(path) for path in sorted(last.rglob("*.safetensors"))}
+    files = {path.name: load_file(path) for path in sorted(last.rglob("*.safetensors"))}
+    return progress, {f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [
-        pytest.param("moe_lora_pool", {"pool_r": 2, "max_experts": 5, "experts_per_task": 2}, marks=pytest.mark.slow),
-        pytest.param("lora_per_task", {"lora_r": 2}, marks=pytest.mark.slow),
-        pytest.param("finetune", {}, marks=pytest.mark.slow),
-    ],
+    {
+        "moe_lora_pool": {"pool_r": 2, "max_experts": 5, "experts_per_task": 2},
+        "moe_lora_merge": {"num_experts": 8, "r": 2, "merge_every": 2},
+        "moe_adapters": {"num_experts": 8, "r": 2},
+        "lora_per_task": {"lora_r": 2},
+        "lora": {"lora_r": 2},
+        "lora_soup": {"lora_r": 2},
+        "magmax": {"lora_r": 2},
+        "o_lora": {"lora_r": 2},
+        "inflora": {"lora_r": 2},
+        "finetune": {},
+        "wise_ft": {},
+        "lwf": {},
+        "lwf_vr": {"extra_batch_size": 8},
+        "zscl": {"extra_batch_size": 8, "average_every": 4},
+        "icarl": {"extra_batch_size": 8, "exemplars": 20},
+        "der_pp": {"extra_batch_size": 8, "exemplars": 20},
+        "rail": {"rail_features": 96},
+        "zero_shot": {},
+    }.items(),
 )
 def test_a_sharded_stream_comes_to_what_data_parallel_training_does(name, settings, tmp_path):
     run_together(2, learn, "ddp", name, tmp_path / "ddp", settings)
@@ -68,14 +88,7 @@ def test_a_sharded_stream_comes_to_what_data_parallel_training_does(name, settin
     (progress, weights), (expected, plain) = outcome(tmp_path / "fsdp"), outcome(tmp_path / "ddp")
     assert progress["matrix"] == expected["matrix"] and len(progress["matrix"]) == 3
     assert progress["trainable_parameters"] == expected["trainable_parameters"], "of whole parameters"
-    assert weights.keys() == plain.keys()
-    for file, tensors in plain.items():
-        assert weights[file].keys() == tensors.keys()
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point():
-                torch.testing.assert_close(
-                    weights[file][key], tensor, atol=1e-5, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
-                )
+    assert_alike(f"{name}, FSDP2 and DDP", weights, plain)
 
 
 def test_what_can_not_be_put_together_is_refused(monkeypatch):

@@ -119,6 +119,22 @@ def test_predict_with_prompts_gives_arrays_of_one_shape(tmp_path):
     torch.testing.assert_close(texts, expected.text_embeds)
 
 
+@both_forms
+def test_micro_batches_come_to_what_the_whole_batch_does(form, tmp_path):
+    """Also with losses on routers, of which the `Trainer` knows nothing."""
+    data, learnt = samples([0] * 8), {}
+    for size in (8, 4):
+        model = classifier(form, router_locality_loss=0.1)
+        model.set_task("a")
+        values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "optim": "sgd"}
+        trainer(model, tmp_path, data, max_steps=1, **values).train()
+        learnt[size] = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    before = dict(classifier(form).named_parameters())
+    for name, parameter in learnt[8].items():
+        torch.testing.assert_close(learnt[4][name], parameter, atol=1e-6, rtol=1e-4)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in learnt[8].items())
+
+
 class KeepGradients(TrainerCallback):
     def __init__(self, model):
         self.model = model

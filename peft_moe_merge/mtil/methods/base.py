@@ -193,3 +193,6 @@ class Method(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Read what `save` or `save_so_far` wrote."""
+
+    def change_processes(self, before: int, now: int) -> None:
+        """Convert what was loaded, where it depends on how many processes trained until now, and will from now on."""

@@ -34,7 +34,6 @@ class KeptLoras(Method):
     """
 
     settings_class: type[LoraSettings] = LoraSettings
-    shardable = False
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: LoraSettings):
         super().__init__(clip, processor, settings)

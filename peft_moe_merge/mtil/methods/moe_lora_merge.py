@@ -148,6 +148,12 @@ class RoutedByTask(Method):
         self.model = PeftModel.from_pretrained(self.model, folder, is_trainable=True)
         self.learnt = list(self.model.peft_config["default"].tasks)
 
+    def change_processes(self, before: int, now: int) -> None:
+        # each process counts for all prompts, while each image is one's
+        for name, routers in self.model.router_banks().items():
+            if self.model.adapted_layers()[name].reads_prompts:
+                routers.usage.mul_(now).floor_divide_(before)
+
 
 class MoELoraMerge(RoutedByTask):
     """The published method: shared experts, the two most used of which merge into the least used again and again."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_moe_merge.inference.rgb import to_rgb
+from peft_moe_merge.tuners.moe_lora_merge.distributed import gathered
 
 from ..data.batches import Batch
 from ..data.reference import load_reference
@@ -106,6 +107,7 @@ class ZSCL(WholeClip):
     def _average(self) -> None:
         self.averaged += 1
         for mean, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            weight = gathered(weight).reshape(mean.shape)  # sharded, scalars are vectors
             mean.copy_(torch.lerp(mean.to(weight.device), weight, 1 / self.averaged))
 
     @torch.no_grad()

@@ -144,6 +144,10 @@ class RoutedBlock:
 class RoutedModel:
     """The adapted model as a whole: every call of it has its own context."""
 
+    # To the `Trainer`: the loss is the mean of the call's own batch, in which losses on routers have joined. It takes CLIP's
+    # for one that it told the size of the whole batch, and multiplies it by the number of processes or micro-batches.
+    accepts_loss_kwargs = False
+
     def routed_call(self, args: tuple, kwargs: dict[str, Any], task_ids: Tensor | None) -> Any:
         """Call the model's own `forward`, samples routed by `task_ids`, a selector or the current task."""
         inputs = inputs_of(self, "forward", args, kwargs)
