@@ -56,6 +56,9 @@ class SharedPool(METHODS["moe_lora_pool"]):
                 self.model.expert_banks()[layer].frozen[first] = False
         self.model.set_task(task.name)
 
+    def save_so_far(self, folder: Path) -> None:
+        self.save(folder)  # no task is over: the experts that it shares go on learning
+
 
 def print_study(results: dict[str, Any]) -> None:
     """Print a row per case: accuracies, and paired differences to sharing nothing."""

@@ -42,3 +42,11 @@ def test_sharing_none_is_the_pool(run, monkeypatch):
     monkeypatch.setitem(METHODS, "shared", SharedPool)
     one, other = run("shared", count=2), run("moe_lora_pool", count=2)
     assert (one.matrix, one.losses) == (other.matrix, other.losses)
+
+
+def test_a_stop_changes_nothing_where_all_is_shared(run, monkeypatch):
+    monkeypatch.setitem(METHODS, "shared", type("Shared", (SharedPool,), {"shared": "all"}))
+    whole = run("shared", folder="whole", lr=1e-2)
+    run("shared", folder="stopped", lr=1e-2, stop_after=2)
+    resumed = run("shared", folder="stopped", lr=1e-2, resume=True)
+    assert (resumed.matrix, resumed.losses) == (whole.matrix, whole.losses)
