@@ -49,6 +49,7 @@ class SharedPool(METHODS["moe_lora_pool"]):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
+        self.model.set_task(None)  # so that the experts made for the task, where it takes the first's, do not train
         for layer, routers in self.model.router_banks().items():
             if self.is_shared(layer):
                 first = routers.experts_of(0)
