@@ -129,6 +129,21 @@ def test_only_the_current_task_trains_whatever_was_set_before(bound):
         assert {id(p) for p in trainable(model).values()} == expected
 
 
+def test_experts_that_are_made_for_another_layers_sake_do_not_train():
+    """One layer has room and the other has not, so the pool grows in both: what the first has too many waits."""
+    model = net_pool(["a", "b"]).train()
+    first = model.router_banks()["first"].columns
+    first.redirect(first.lists[1][0], first.lists[0][0])
+    first.redirect(first.lists[1][1], first.lists[0][1])
+    model.add_task("c")
+    model.set_task("c")
+    for name, bank in model.expert_banks().items():
+        own = model.router_banks()[name].experts_of(2)
+        training = {expert for expert in range(len(bank)) if bank.parameters_of(expert)[0].requires_grad}
+        assert training == set(own) and len(own) == 2
+    assert len(first.free) == 2
+
+
 def test_gradients_of_the_task_before_are_dropped():
     model, _ = pool_of(3)
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()

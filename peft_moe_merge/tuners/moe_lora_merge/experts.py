@@ -70,7 +70,7 @@ class ExpertBank(nn.Module):
         for _ in range(experts):
             for name, shape in self.shapes.items():
                 tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
-                getattr(self, name).append(nn.Parameter(tensor))
+                getattr(self, name).append(nn.Parameter(tensor, requires_grad=False))  # whose task comes, trains it
             self.frozen = torch.cat([self.frozen, self.frozen.new_zeros(1)])
             self.refresh(len(self) - 1, agreed)
 
