@@ -69,8 +69,6 @@ def outcome(folder):
         "lora": {"lora_r": 2},
         "lora_soup": {"lora_r": 2},
         "magmax": {"lora_r": 2},
-        "o_lora": {"lora_r": 2},
-        "inflora": {"lora_r": 2},
         "finetune": {},
         "wise_ft": {},
         "lwf": {},
@@ -98,7 +96,7 @@ def test_what_can_not_be_put_together_is_refused(monkeypatch):
         Stream(load_suite("digits"), StreamSettings(), accelerator)
 
 
-@pytest.mark.parametrize("name", ["o_lora", "inflora", "lora_soup", "magmax", "coda_prompt", "sema"])
+@pytest.mark.parametrize("name", ["o_lora", "inflora", "coda_prompt", "sema"])
 def test_methods_that_can_not_be_sharded_say_so(name, monkeypatch):
     stream = Stream(load_suite("digits"), StreamSettings(), Accelerator(cpu=True))
     stream.check(METHODS[name], MethodSettings())

@@ -39,6 +39,7 @@ class OLora(KeptLoras):
 
     name = "o_lora"
     settings_class = OLoraSettings
+    shardable = False
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
