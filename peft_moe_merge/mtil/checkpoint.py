@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.files import whole
+from peft_moe_merge.files import drop, whole
 
 from .fingerprint import PROCESSES, differences_but_processes
 
@@ -97,7 +97,6 @@ def save(
     Raises:
         OSError: it could not be written, say for want of space. The one before is as it was.
     """
-    before = _checkpoints(folder)
     with whole(folder / f"after_{len(progress.matrix)}", GO_ON) as partial:
         partial.mkdir(parents=True)
         write_weights(partial)
@@ -105,8 +104,16 @@ def save(
         if write_selectors is not None:
             write_selectors(partial / SELECTORS)
         (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
-    for checkpoint in before:
-        shutil.rmtree(checkpoint)
+    drop_older(folder)
+
+
+def drop_older(folder: Path) -> None:
+    """Remove all checkpoints but the newest, and what a process that was killed left of one. One process may call at a time."""
+    for checkpoint in sorted(_checkpoints(folder), key=_tasks)[:-1]:
+        drop(checkpoint)
+    for path in folder.glob("after_*.partial"):
+        if re.fullmatch(r"after_[1-9][0-9]*\.partial", path.name) and path.is_dir():
+            shutil.rmtree(path)
 
 
 def load(folder: Path, settings: dict[str, Any], resume: bool = True) -> tuple[Progress, Path] | None:

@@ -55,7 +55,6 @@ class InfLora(KeptLoras):
 
     name = "inflora"
     settings_class = InfLoraSettings
-    shardable = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -39,7 +39,6 @@ class OLora(KeptLoras):
 
     name = "o_lora"
     settings_class = OLoraSettings
-    shardable = False
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
