@@ -57,6 +57,18 @@ def link_or_copy(file: Path, to: Path) -> None:
         shutil.copyfile(file, to)
 
 
+def drop(path: Path) -> None:
+    """Remove a file or folder that `whole` made: under its name it is there whole or not at all.
+
+    A process that is killed meanwhile leaves a `.partial`.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    _remove(partial)
+    os.replace(path, partial)
+    _flush(path.parent)
+    _remove(partial)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

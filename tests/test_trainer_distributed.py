@@ -4,6 +4,7 @@ To compare at all, dropout is off, every image gets the same routing noise in bo
 precision; see `test_distributed`.
 """
 
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -35,7 +36,7 @@ def images(count, seed):
     return [{"pixel_values": pixels[i], "labels": i % 3} for i in range(count)]
 
 
-def build(kind):
+def build(kind, noise):
     """A CLIP whose loss a subclass computes, or a classifier of images in the hands of a plain `Trainer`."""
     torch.manual_seed(0)
     model, trainer = tiny_clip(), ClassifyingTrainer
@@ -44,12 +45,14 @@ def build(kind):
         settings.num_labels = 3
         model = CLIPForImageClassification(settings)
     config = MoELoraMergeConfig(num_experts=6, r=4, lora_dropout=0.0, tasks=["a", "b"])
+    if noise == "none":
+        config.router_noise = 0.0
     return get_peft_model(model.double(), config, autocast_adapter_dtype=False), trainer
 
 
 def train(kind, noise, folder, resume=False):
     """Train on two tasks with merges, a stop of the routers and freezing, and write down what became of it."""
-    adapted, trainer = build(kind)
+    adapted, trainer = build(kind, noise)
     told = {}
     for task, steps in (("a", FIRST_STEPS), ("b", STEPS)):
         adapted.set_task(task)
@@ -57,12 +60,12 @@ def train(kind, noise, folder, resume=False):
         arguments = TrainingArguments(
             output_dir=str(folder / task),
             max_steps=steps,
-            per_device_train_batch_size=IMAGES // (2 if folder.name.startswith("two") else 1),
+            per_device_train_batch_size=IMAGES // int(os.environ["WORLD_SIZE"]),
             per_device_eval_batch_size=4,
             learning_rate=1e-2,
             weight_decay=0.1,
             ddp_find_unused_parameters=True,
-            save_strategy="steps" if noise == "own" else "no",
+            save_strategy="no" if noise == "same" else "steps",
             save_steps=SAVED_AT,
             logging_strategy="no",
             report_to=[],
@@ -133,3 +136,15 @@ def test_two_processes_resume_to_what_they_come_to_without_a_stop(tmp_path):
         for key, tensor in straight.items():
             assert torch.equal(tensor, resumed[key]), key
     assert_processes_agree(*(load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_other_processes_resume_to_what_the_same_come_to(first, then, tmp_path):
+    """Nothing is drawn. Of one tower, since each process counts for all prompts."""
+    run_together(first, train, "classifier", "none", tmp_path)
+    run_together(then, train, "classifier", "none", tmp_path, True)
+    resumed, straight = (load_file(tmp_path / f"{name}rank_0.safetensors") for name in ("resumed_", ""))
+    own = {key for key in straight if key.endswith(".usage")}
+    resumed, straight = ({key: told[key] for key in told.keys() - own} for told in (resumed, straight))
+    assert_alike(f"Trainer, {first} then {then} processes and {first}", resumed, straight)

@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from peft_moe_merge.files import file_sum, link_or_copy, whole
+from peft_moe_merge.files import drop, file_sum, link_or_copy, whole
 
 from .fingerprint import PROCESSES, differences_but_processes
 
@@ -139,8 +139,16 @@ def save(
             if file not in sums:
                 sums[file] = file_sum(partial / file)
         (partial / PROGRESS).write_text(json.dumps({**told, WRITTEN_ONCE: sums}))
-    for checkpoint in before:
-        shutil.rmtree(checkpoint)
+    drop_older(folder)
+
+
+def drop_older(folder: Path) -> None:
+    """Remove all checkpoints but the newest, and what a process that was killed left of one. One process may call at a time."""
+    for checkpoint in sorted(_checkpoints(folder), key=_tasks)[:-1]:
+        drop(checkpoint)
+    for path in folder.glob("after_*.partial"):
+        if re.fullmatch(r"after_[1-9][0-9]*\.partial", path.name) and path.is_dir():
+            shutil.rmtree(path)
 
 
 def _written_once(checkpoint: Path, kinds: tuple[str, ...] = WRITTEN) -> list[str]:

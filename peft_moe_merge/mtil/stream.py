@@ -193,6 +193,9 @@ class Stream:
                 method.change_processes(progress.processes[-1], self.accelerator.num_processes)
             if selectors is not None:
                 selectors.load(weights / checkpoint.SELECTORS)
+            self.accelerator.wait_for_everyone()  # until all have read
+            if self.accelerator.is_main_process:
+                checkpoint.drop_older(output_dir)
         for position in range(len(progress.matrix), len(self.tasks[:stop_after])):
             with self._said_by_which_process(position, output_dir):
                 self._learn(method, position, seed, progress, selectors)

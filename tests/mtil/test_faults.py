@@ -1,15 +1,16 @@
 """Killed at any moment, a process lost, the disk full: a run goes on afterwards and ends as if nothing had happened."""
 
+import itertools
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from conftest import files_up_to
 from processes import PATIENCE, start, world
 from safetensors.torch import load_file
 
 from peft_moe_merge.mtil import checkpoint
+from peft_moe_merge.mtil.checkpoint import Progress
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
 from peft_moe_merge.mtil.data.mini import mini_clip_path
@@ -35,7 +38,8 @@ WEIGHTS = "moe_lora_merge/seed_42/after_3/adapter_model.safetensors"
 
 def learn(folder, steps=6, stop_after=None):
     """What the example does, without its report."""
-    stream = load_digit_tasks()
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    stream = [replace(task, test=task.test.select(range(48))) for task in load_digit_tasks()]
     settings = StreamSettings(steps=steps, batch_size=16, lr=[5e-3])
     progress = run_stream(
         stream,
@@ -44,11 +48,11 @@ def learn(folder, steps=6, stop_after=None):
         ),
         settings,
         folder / "moe_lora_merge" / "seed_42",
-        Accelerator(cpu=True),
+        accelerator,
         resume=True,
         stop_after=stop_after,
     )
-    if len(progress.matrix) < len(stream):
+    if len(progress.matrix) < len(stream) or not accelerator.is_main_process:
         return
     results = empty_results("digits", [task.name for task in stream], {})
     results["methods"]["moe_lora_merge"] = [run_result(42, progress)]
@@ -75,6 +79,10 @@ def assert_same_outcome(actual, expected):
 
 def partials(folder):
     return list(folder.glob("**/*.partial"))
+
+
+def log_of(folder):
+    return (folder / "log").read_text()
 
 
 def wait(condition, seconds, alive):
@@ -108,6 +116,55 @@ def test_killed_and_resumed(tmp_path):
     last.join()
     assert last.exitcode == 0 and left_half_written
     assert_same_outcome(folder, tmp_path / "straight")
+
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open"}
+"""What Python tells of before it changes something on the disk."""
+
+
+def killed_before_change(number, function):
+    """Call a function in a process that is killed just before so many changes to the disk; tell whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(number))
+
+        def watch(event, arguments):
+            writes = event != "open" or "w" in str(arguments[1])
+            if event in CHANGES and writes and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        function()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_killed_before_each_change_to_the_disk(tmp_path):
+    """Whatever of a checkpoint has been written by then, or of the one before removed."""
+
+    def write(folder):
+        (folder / "selectors").mkdir()
+        for name in ("weights.safetensors", "selectors/a.json"):
+            (folder / name).write_text(f"{name} of {folder.name}")
+
+    def save(folder, tasks):
+        checkpoint.save(folder, Progress(settings={"processes": 1}, matrix=[[1.0]] * tasks), write)
+
+    newest, kills = set(), 0
+    while True:
+        folder = tmp_path / str(kills)
+        save(folder, 1)
+        if not killed_before_change(kills, partial(save, folder, 2)):
+            break
+        kills += 1
+        progress, found = checkpoint.load(folder, {"processes": 1})
+        newest.add(len(progress.matrix))
+        assert (found / "weights.safetensors").read_text().endswith(f"after_{len(progress.matrix)}.partial")
+        checkpoint.drop_older(folder)
+        assert list(folder.iterdir()) == [found], "nothing takes up room"
+        save(folder, 3)
+        assert [path.name for path in folder.iterdir()] == ["after_3"]
+    assert newest == {1, 2} and kills >= 12
 
 
 @contextmanager
@@ -145,6 +202,154 @@ def test_results_that_do_not_fit(tmp_path):
     assert json.loads(path.read_text()) == {"runs": 1} and [other.name for other in tmp_path.iterdir()] == [path.name]
 
 
+# ---------------------------------------------------------------------------------- killed at thirty moments, slowly
+
+PHASES = ("training", "evaluation", "checkpoint")
+
+
+def learn_noted(folder, environment):
+    """Learn, and write down what is done: when, in which task, what."""
+    os.environ.update(environment)
+    with open(folder / "log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    phases = open(folder / f"phases_{os.environ.get('RANK', 0)}", "w", buffering=1)  # noqa: SIM115  (a kill closes it)
+    here = [0]  # the task that was trained last
+
+    def noted(phase, function):
+        def call(*args, **kwargs):
+            if phase == "training":
+                here[0] = args[2]
+            phases.write(f"{time.monotonic()} {here[0]} {phase}\n")
+            return function(*args, **kwargs)
+
+        return call
+
+    Stream.train = noted("training", Stream.train)
+    Stream.accuracy = noted("evaluation", Stream.accuracy)
+    checkpoint.save = noted("checkpoint", checkpoint.save)
+    torch.set_num_threads(1)
+    learn(folder / "run")
+
+
+def phases_of(folder, rank):
+    """What a process has written down so far: when, in which task, what."""
+    path = folder / f"phases_{rank}"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(float(when), int(task), phase) for when, task, phase in map(str.split, lines)]
+
+
+def has_begun(folder, rank, task, phase):
+    return (task, phase) in [told[1:] for told in phases_of(folder, rank)]
+
+
+def all_alive(processes):
+    return all(process.is_alive() for process in processes)
+
+
+def learn_together(folder, size):
+    folder.mkdir(exist_ok=True)
+    for rank in range(size):
+        (folder / f"phases_{rank}").unlink(missing_ok=True)
+    environments = world(size) if size > 1 else [{}]
+    return [start(learn_noted, folder, environment) for environment in environments]
+
+
+def exit_codes(processes):
+    for process in processes:
+        process.join(PATIENCE)
+    return [process.exitcode for process in processes]
+
+
+def durations(folder):
+    """How long each phase took at most, in a run that came to its end."""
+    began = phases_of(folder, 0)
+    took = {phase: [] for phase in PHASES}
+    for (when, _, phase), (until, _, _) in itertools.pairwise(began):
+        took[phase].append(until - when)
+    return {phase: max(seconds) for phase, seconds in took.items()}
+
+
+def done(folder):
+    """How many tasks have their checkpoint."""
+    return max((int(path.name[6:]) for path in folder.glob("run/*/seed_*/after_[0-9]")), default=0)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_moments(tmp_path):
+    """A process, the only one or one of two, is killed in a phase and a task drawn at random, at a moment of it drawn at random.
+
+    The other one, if there is one, ends by itself. Then the run goes on, and comes to what an undisturbed one does.
+    """
+    moments, hit, half_written, lasts = random.Random(0), [], 0, {}
+    for size in (1, 2):
+        straight = tmp_path / f"straight_{size}"
+        assert exit_codes(learn_together(straight, size)) == [0] * size, log_of(straight)
+        lasts[size] = durations(straight)
+    for run, size in enumerate([1, 2, 2]):
+        folder, kills = tmp_path / f"run_{run}", 0
+        while kills < 10:
+            victim, phase = moments.randrange(size), moments.choice(PHASES)
+            task = done(folder) + (moments.random() < 0.3 and done(folder) < 2)
+            watched = 0 if phase == "checkpoint" else victim  # the first process writes for all
+            processes = learn_together(folder, size)
+            wait(partial(has_begun, folder, watched, task, phase), PATIENCE, partial(all_alive, processes))
+            processes[victim].join(moments.uniform(0.0, lasts[size][phase]))
+            processes[victim].kill()
+            codes = exit_codes(processes)
+            assert codes[victim] in (0, -signal.SIGKILL), log_of(folder)
+            assert all(code in (0, 1) for rank, code in enumerate(codes) if rank != victim), log_of(folder)
+            if codes[victim] == -signal.SIGKILL:
+                kills += 1
+                half_written += bool(partials(folder))
+                hit.append((size, victim, *phases_of(folder, victim)[-1][1:]))
+            if done(folder) == 3:  # nothing is left to be killed in
+                assert exit_codes(learn_together(folder, size)) == [0] * size, log_of(folder)
+                assert_same_outcome(folder / "run", tmp_path / f"straight_{size}" / "run")
+                shutil.rmtree(folder / "run")
+        assert exit_codes(learn_together(folder, size)) == [0] * size, log_of(folder)
+        assert_same_outcome(folder / "run", tmp_path / f"straight_{size}" / "run")
+    print(
+        f"{len(hit)} kills, {half_written} of them while a file was written; (processes, victim, task, phase):", *hit
+    )
+    assert len(hit) == 30 and half_written
+    assert {phase for *_, phase in hit} == {*PHASES}
+    assert {(size, victim) for size, victim, *_ in hit} == {(1, 0), (2, 0), (2, 1)}
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_random_moments(tmp_path):
+    """There is room for some of what is to be written, each time for another part; when there is enough nothing tells of it."""
+    learn(tmp_path / "straight", steps=2)
+    stored = (tmp_path / "straight" / WEIGHTS).stat().st_size
+    moments, failed = random.Random(0), []
+    with small_disk(tmp_path / "disk", 8 * stored) as disk:
+        folder, ballast = disk / "run", disk / "ballast"
+        checkpoints = folder / "moe_lora_merge" / "seed_42"
+        while len(failed) < 12:
+            folder.mkdir(exist_ok=True)
+            learnt = done(disk)
+            rooms = (moments.random() * stored, stored + moments.uniform(-4e4, 4e4), 2 * stored)
+            room = int(moments.choice(rooms) if learnt < 3 else moments.choice((0, 4096, 2 * stored)))
+            before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            ballast.write_bytes(bytes(shutil.disk_usage(disk).free - room))
+            try:
+                learn(folder, steps=2, stop_after=learnt + 1)  # one more task
+            except OSError as error:
+                assert "Could not write" in str(error) and "No space left" in str(error)
+                failed.append((Path(str(error).split("'")[1]).name, room))
+                assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+            ballast.unlink()
+            if (folder / "results.json").exists():
+                assert_same_outcome(folder, tmp_path / "straight")
+                shutil.rmtree(folder)
+        assert not partials(folder) and len(list(checkpoints.glob("*"))) <= 1
+        learn(folder, steps=2)
+        assert_same_outcome(folder, tmp_path / "straight")
+    print("could not write, with so many bytes of room:", *failed)
+    assert {"after_1", "after_2", "after_3"} <= {name for name, _ in failed}
+
+
 # ------------------------------------------------------------------------------------- the example itself, slowly
 
 ARGUMENTS = {
@@ -180,173 +385,11 @@ def example(folder, *launcher, **environment):
         )
 
 
-def play_example(folder, environment=None):
-    """The same in a process that has its imports behind it, and that writes down what it does: when, in which task, what."""
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-    os.environ.update(environment or {})
-    with open("log", "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    phases = open(f"phases_{os.environ.get('RANK', 0)}", "w", buffering=1)  # noqa: SIM115  (a kill closes it)
-
-    def noted(phase, function, task):
-        def call(*args, **kwargs):
-            phases.write(f"{time.monotonic()} {task(*args)} {phase}\n")
-            return function(*args, **kwargs)
-
-        return call
-
-    here = [0]  # the task that was trained last
-
-    def trained(stream, method, position, *further):
-        here[0] = position
-        return position
-
-    Stream.train = noted("training", Stream.train, trained)
-    Stream.accuracy = noted("evaluation", Stream.accuracy, lambda *args: here[0])
-    checkpoint.save = noted("checkpoint", checkpoint.save, lambda *args: here[0])
-    torch.set_num_threads(1)
-    sys.argv = [str(EXAMPLE), *arguments()]
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-
-
-def log_of(folder):
-    return (folder / "log").read_text()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     assert example(folder).wait(PATIENCE) == 0, log_of(folder)
     return folder
-
-
-PHASES = ("training", "evaluation", "checkpoint")
-
-
-def phases_of(folder, rank):
-    """What a process has written down so far: when, in which task, what."""
-    path = folder / f"phases_{rank}"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [(float(when), int(task), phase) for when, task, phase in (line.split(" ") for line in lines if line)]
-
-
-def has_begun(folder, rank, task, phase):
-    return (task, phase) in [told[1:] for told in phases_of(folder, rank)]
-
-
-def all_alive(processes):
-    return all(process.is_alive() for process in processes)
-
-
-def play_together(folder, size):
-    environments = world(size) if size > 1 else [{}]
-    for rank in range(size):
-        (folder / f"phases_{rank}").unlink(missing_ok=True)
-    return [start(play_example, folder, environment) for environment in environments]
-
-
-def durations(folder):
-    """How long each phase took, in a run that came to its end."""
-    began = phases_of(folder, 0)
-    ended = [*(when for when, _, _ in began[1:]), began[-1][0]]
-    took = {phase: [] for phase in PHASES}
-    for (when, _, phase), until in zip(began, ended, strict=True):
-        took[phase].append(until - when)
-    return {phase: max(all_of_it) for phase, all_of_it in took.items()}
-
-
-def ends(processes, folder):
-    for process in processes:
-        process.join(PATIENCE)
-    return [process.exitcode for process in processes]
-
-
-def done(folder):
-    """How many tasks have their checkpoint."""
-    return max((int(path.name[6:]) for path in folder.glob("run/*/seed_*/after_[0-9]")), default=0)
-
-
-@pytest.mark.slow
-def test_the_example_killed_at_thirty_moments(undisturbed, undisturbed_pair, tmp_path):
-    """Runs of one process and of two: one of them is killed in a phase and a task drawn at random, at a moment of that phase drawn
-    at random; the other, if there is one, ends by itself, and the run goes on. Each comes to what an undisturbed run does.
-    """
-    moments, hit, half_written = random.Random(0), [], 0
-    expected = {1: undisturbed, 2: undisturbed_pair}
-    lasts = {}
-    for size in expected:
-        timed = tmp_path / f"timed_{size}"
-        timed.mkdir()
-        assert ends(play_together(timed, size), timed) == [0] * size, log_of(timed)
-        lasts[size] = durations(timed)
-    for run, size in enumerate([1, 2, 2, 1, 2, 2]):
-        folder = tmp_path / str(run)
-        folder.mkdir()
-        kills = 0
-        while kills < 5:
-            victim, phase = moments.randrange(size), moments.choice(PHASES if size == 1 else (*PHASES, "training"))
-            task = done(folder) + (moments.random() < 0.5 and done(folder) < 2)
-            watched = 0 if phase == "checkpoint" else victim  # the first process writes for all
-            processes = play_together(folder, size)
-            reached = partial(has_begun, folder, watched, task, phase)
-            wait(reached, PATIENCE, partial(all_alive, processes))
-            processes[victim].join(moments.uniform(0.0, lasts[size][phase]))
-            processes[victim].kill()
-            codes = ends(processes, folder)
-            assert codes[victim] in (0, -signal.SIGKILL), log_of(folder)
-            assert all(code in (0, 1) for rank, code in enumerate(codes) if rank != victim), log_of(folder)
-            if codes[victim] == 0:  # it was faster
-                shutil.rmtree(folder / "run")
-                continue
-            kills += 1
-            half_written += bool(partials(folder))
-            hit.append((size, victim, *phases_of(folder, victim)[-1][1:]))
-        assert ends(play_together(folder, size), folder) == [0] * size, log_of(folder)
-        assert_same_outcome(folder / "run", expected[size] / "run")
-    print(
-        f"{len(hit)} kills, {half_written} of them while a file was written; (processes, victim, task, phase):", *hit
-    )
-    assert len(hit) == 30 and half_written >= 2
-    assert {phase for *_, phase in hit} == {*PHASES} and {(size, victim) for size, victim, *_ in hit} == {
-        (1, 0),
-        (2, 0),
-        (2, 1),
-    }
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_at_random_moments(tmp_path):
-    """There is room for some of what is to be written, each time for another part; when there is enough nothing tells of it."""
-    learn(tmp_path / "straight", steps=2)
-    stored = (tmp_path / "straight" / WEIGHTS).stat().st_size
-    moments, failed = random.Random(0), []
-    with small_disk(tmp_path / "disk", 8 * stored) as disk:
-        folder, ballast = disk / "run", disk / "ballast"
-        checkpoints = folder / "moe_lora_merge" / "seed_42"
-        while len(failed) < 12:
-            folder.mkdir(exist_ok=True)
-            learnt = done(disk)
-            rooms = (moments.random() * stored, stored + moments.uniform(-4e4, 4e4), 2 * stored)
-            room = int(moments.choice(rooms) if learnt < 3 else moments.choice((0, 4096, 2 * stored)))
-            before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-            ballast.write_bytes(bytes(shutil.disk_usage(disk).free - room))
-            try:
-                learn(folder, steps=2, stop_after=learnt + 1)  # one more task
-            except OSError as error:
-                assert "Could not write" in str(error) and "No space left" in str(error)
-                failed.append((Path(str(error).split("'")[1]).name, room))
-                assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-            ballast.unlink()
-            if (folder / "results.json").exists():
-                assert_same_outcome(folder, tmp_path / "straight")
-                shutil.rmtree(folder)
-        assert not partials(folder) and len(list(checkpoints.glob("*"))) <= 1
-        learn(folder, steps=2)
-        assert_same_outcome(folder, tmp_path / "straight")
-    print("could not write, with so many bytes of room:", *failed)
-    assert {"after_1", "after_2", "after_3"} <= {name for name, _ in failed}
 
 
 @pytest.mark.slow

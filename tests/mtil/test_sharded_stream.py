@@ -4,6 +4,7 @@ What DDP does is compared with one process elsewhere; a stream of one crops imag
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
@@ -36,7 +37,7 @@ def learn(way, name, folder, settings, stops=(2, None), crop_scale=0.9):
     """Learn, and leave after so many tasks and go on, once or more."""
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = sharding_accelerator() if way == "fsdp" else Accelerator(cpu=True, kwargs_handlers=[handler])
-    tasks = load_suite("digits")
+    tasks = [replace(task, test=task.test.select(range(48))) for task in load_suite("digits")]
     prompts = [prompt for task in tasks for prompt in task.prompts(task.templates[0])]
 
     def build():
@@ -69,8 +70,6 @@ def outcome(folder):
         "lora": {"lora_r": 2},
         "lora_soup": {"lora_r": 2},
         "magmax": {"lora_r": 2},
-        "o_lora": {"lora_r": 2},
-        "inflora": {"lora_r": 2},
         "finetune": {},
         "wise_ft": {},
         "lwf": {},
@@ -78,6 +77,8 @@ def outcome(folder):
         "zscl": {"extra_batch_size": 8, "average_every": 4},
         "icarl": {"extra_batch_size": 8, "exemplars": 20},
         "der_pp": {"extra_batch_size": 8, "exemplars": 20},
+        "o_lora": {"lora_r": 2},
+        "inflora": {"lora_r": 2},
         "rail": {"rail_features": 96},
         "zero_shot": {},
     }.items(),
@@ -98,7 +99,7 @@ def test_what_can_not_be_put_together_is_refused(monkeypatch):
         Stream(load_suite("digits"), StreamSettings(), accelerator)
 
 
-@pytest.mark.parametrize("name", ["o_lora", "inflora", "lora_soup", "magmax", "coda_prompt", "sema"])
+@pytest.mark.parametrize("name", ["o_lora", "inflora", "coda_prompt", "sema"])
 def test_methods_that_can_not_be_sharded_say_so(name, monkeypatch):
     stream = Stream(load_suite("digits"), StreamSettings(), Accelerator(cpu=True))
     stream.check(METHODS[name], MethodSettings())

@@ -87,8 +87,7 @@ class Method(ABC):
     Attributes:
         model: what is trained, and saved.
         trains: whether it takes optimizer steps.
-        shardable: whether a copy of its model can be trained in parts (FSDP2): not where `end_task` changes what modules there
-            are, or modules are held apart from the model.
+        shardable: whether a copy of its model can be trained in parts (FSDP2), all else that the method holds being whole.
     """
 
     name: ClassVar[str]
