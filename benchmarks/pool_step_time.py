@@ -63,10 +63,10 @@ class Contestant:
         trained: how many numbers it trains.
     """
 
-    def __init__(self, name: str, seed: int):
+    def __init__(self, name: str, seed: int, device: str = "cpu"):
         torch.manual_seed(seed)
         clip, _ = load_clip(mini_clip_path())
-        self.model: nn.Module = get_peft_model(clip, CONTESTANTS[name]())
+        self.model: nn.Module = get_peft_model(clip, CONTESTANTS[name]()).to(device)
         self.counts = name != "LoRA"
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = sum(parameter.numel() for parameter in parameters)
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5, help="of each contestant in a round")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
@@ -128,7 +129,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     batch, labels = make_batch(args.batch_size, args.seed)
-    contestants = {name: Contestant(name, args.seed) for name in CONTESTANTS}
+    batch, labels = {name: tensor.to(args.device) for name, tensor in batch.items()}, labels.to(args.device)
+    contestants = {name: Contestant(name, args.seed, args.device) for name in CONTESTANTS}
     settings = {name: str(value) for name, value in vars(args).items()}
     results = {
         "settings": settings | {"prompts": len(batch["input_ids"]), "tokens": batch["input_ids"].shape[1]},

@@ -62,13 +62,13 @@ def fitted(selector: Selector, model: PeftModel, pixels: torch.Tensor) -> Select
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for task in range(TASKS):
-            selector.fit(f"task {task}", features.repeat(8, 1) + torch.randn(8 * len(features), features.shape[1]))
+            selector.fit(f"task {task}", features.repeat(8, 1) + torch.randn_like(features.repeat(8, 1)))
     return selector
 
 
 def contestants(model: PeftModel, pixels: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Name everything that is compared; each is one call."""
-    ids = torch.arange(len(pixels)) % TASKS
+    ids = torch.arange(len(pixels), device=pixels.device) % TASKS
     plain_ids, one_task = torch.full_like(ids, -1), torch.zeros_like(ids)
 
     def selecting(selector: Selector) -> Callable[[], object]:
@@ -107,6 +107,7 @@ def main() -> None:
         action="store_true",
         help="count this process's processor time: on a busy machine, with one thread",
     )
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -114,9 +115,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     size = "quick" if arguments.quick else "vit-b/16"
-    model = adapted_clip(size)
+    model = adapted_clip(size).to(arguments.device)
     image_size = SIZES[size][3]
-    pixels = torch.randn(arguments.batch, 3, image_size, image_size)
+    pixels = torch.randn(arguments.batch, 3, image_size, image_size).to(arguments.device)
     result = {"model": size, "batch": arguments.batch, "tasks": TASKS, "target": TARGET}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     result["rounds"] = arguments.rounds

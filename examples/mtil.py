@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from transformers import HfArgumentParser
 
 from peft_moe_merge.mtil.checkpoint import newest
@@ -78,6 +78,7 @@ def main() -> None:
         cpu=run.cpu,
         log_with=run.log_with,
         project_dir=output_dir,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # of pinned batches, where there is a GPU
         # a step trains only the experts that were selected in it
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

@@ -60,6 +60,7 @@ def train_batches(
         sampler=order[: steps * batch_size].tolist(),
         num_workers=num_workers,
         generator=generator,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -68,7 +69,8 @@ def eval_batches(
 ) -> DataLoader:
     """Go through all images once, in order, through the processor itself."""
     rows = _Rows(dataset, partial(_processed, processor))
-    return DataLoader(rows, batch_size=batch_size, num_workers=num_workers)
+    pin_memory = torch.cuda.is_available()  # so that a copy to the GPU can go on beside its work
+    return DataLoader(rows, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def _rgb(image: Image | None) -> Image:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import MoELoraMergeConfig
 from .distributed import in_backward, is_sharded, several_processes
+from .mixture import tensors_of
 from .pool import untouched
 from .routing import router_logits, top_k_gates
 
@@ -76,9 +77,10 @@ class Columns(nn.Module):
         """Translate columns of each sample's router into experts."""
         if len(tasks) == 1:
             return self[tasks[0]][columns_BK]
-        widest = max(len(self[task]) for task in tasks)
-        experts_TC = torch.stack([F.pad(self[task], (0, widest - len(self[task]))) for task in tasks])
-        return experts_TC[position_B].gather(1, columns_BK)
+        known = [self.lists[task] for task in tasks]
+        widest = max(map(len, known))
+        padded = [experts + [0] * (widest - len(experts)) for experts in known]
+        return torch.tensor(padded, device=columns_BK.device)[position_B].gather(1, columns_BK)
 
     def set(self, task: int, experts: Sequence[int]) -> None:
         """Let a task's columns lead to these experts."""
@@ -257,15 +259,13 @@ class RouterBank(nn.Module):
         """Return one task's weights, D x C, or those of several, T x D x C, and where these are padded, T x C."""
         if len(tasks) == 1:
             return weights[tasks[0]].to(dtype), None
-        widths = [weights[task].shape[1] for task in tasks]
-        padded_TDC = torch.stack(
-            [
-                F.pad(weights[task], (0, max(widths) - width)).to(dtype)
-                for task, width in zip(tasks, widths, strict=True)
-            ]
-        )
+        own = tensors_of(weights, tasks)
+        widths = [weight.shape[1] for weight in own]
         if len(set(widths)) == 1:
-            return padded_TDC, None
+            return torch.stack(own).to(dtype), None
+        padded_TDC = torch.stack(
+            [F.pad(weight, (0, max(widths) - width)).to(dtype) for weight, width in zip(own, widths, strict=True)]
+        )
         device = padded_TDC.device
         return padded_TDC, torch.arange(max(widths), device=device) >= torch.tensor(widths, device=device).unsqueeze(1)
 
