@@ -3,8 +3,10 @@
     python benchmarks/merging_memory.py                          # 8 ViT-B/32 vision towers, about 3 GB of temporary files
     python benchmarks/merging_memory.py --layers 2 --width 128   # seconds
 
-What is reported is the peak of resident memory beyond what the process had with the base model loaded, in multiples of one
-tower. Linux only. Pages of files that the system keeps mapped count as resident, so that it is an upper bound.
+What is reported is the peak of resident memory beyond what the process had with the base model read, in multiples of one
+tower. Linux only. Pages of files that the system keeps mapped count as resident, so that it is an upper bound. The bound that is
+printed beside it: what the merged model has beyond the base, and the work on one weight, `WORK` tensors of the size of the largest
+for each task.
 """
 
 import argparse
@@ -22,6 +24,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from peft_moe_merge import WEMoEConfig, merge_finetuned
 from peft_moe_merge.model_merging.static import merge_static
 from peft_moe_merge.mtil.methods.lora import TARGETS
+
+WORK = (
+    4  # a weight's changes stacked, in double precision what is decomposed, and the parts they are put together from
+)
 
 WAYS = {
     "whole task vectors": {},
@@ -57,17 +63,21 @@ def prepare(folder: Path, tasks: int, layers: int, width: int) -> None:
 def measure(folder: Path, tasks: int, way: str) -> dict[str, float]:
     """Merge, in this process, and return bytes: of one tower, before, and how far the peak is above."""
     base = CLIPVisionModel.from_pretrained(folder / "base")
+    sizes = [p.numel() * p.element_size() for p in base.parameters()]
+    sum(p.detach().sum() for p in base.parameters())  # a file that was loaded is only mapped until it is read
     kind = "lora" if way.startswith("LoRAs") else "copy"
     sources = {str(task): folder / f"{kind}_{task}" for task in range(tasks)}
-    before = process_bytes("VmHWM")
+    before = process_bytes("VmRSS")
     options = WAYS[way]
     if options is None:
         model = merge_static(base, sources, way)
+        stays = sum(sizes)
     else:
         model = merge_finetuned(base, sources, WEMoEConfig(**options))
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
-    one = sum(p.numel() * p.element_size() for p in base.parameters())
-    return {"tower": one, "before": before, "added": process_bytes("VmHWM") - before, "result": sum(tensors.values())}
+        tensors = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+        stays = sum(tensors.values()) - sum(sizes)
+    added, bound = process_bytes("VmHWM") - before, stays + WORK * tasks * max(sizes)
+    return {"tower": sum(sizes), "stays": stays, "added": added, "bound": bound}
 
 
 def main() -> None:
@@ -88,9 +98,10 @@ def main() -> None:
             command = [sys.executable, __file__, "--tasks", str(args.tasks), "--measure", folder, way]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found = json.loads(told.splitlines()[-1])
+            tower, stays, added, bound = (found[what] / 1e6 for what in ("tower", "stays", "added", "bound"))
             print(
-                f"{way:20s} one tower {found['tower'] / 1e6:7.1f} MB   the merged model {found['result'] / 1e6:7.1f} MB   peak above the "
-                f"base {found['added'] / 1e6:7.1f} MB = {found['added'] / found['tower']:.2f} towers",
+                f"{way:20s} one tower {tower:6.1f} MB   beyond the base: what stays {stays:7.1f} MB   "
+                f"peak {added:7.1f} MB = {added / tower:.2f} towers   bound {bound:7.1f} MB = {bound / tower:.2f} towers",
                 flush=True,
             )
 

@@ -102,10 +102,11 @@ def reference_routers(model, depth):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-@pytest.mark.parametrize("way", ["merged", "output_space"])
+@pytest.mark.parametrize("way", ["merged", "merged, 32 rows at a time", "output_space"])
 def test_equals_the_loop_in_values_gates_and_gradients(base, finetuned, images, depth, way, monkeypatch):
     monkeypatch.setattr(ensembling, "output_space_is_cheaper", lambda tokens, tasks: way == "output_space")
-    monkeypatch.setitem(ensembling.TILES, "cpu", (3, 700))  # several tiles, the last one short
+    # several tiles, the last one short; or fc1 in two tiles of 32 rows where there is room for 40
+    monkeypatch.setitem(ensembling.TILES, "cpu", (3, 3 * 32 * 40 if "32" in way else 700))
     model = merge_finetuned(copy.deepcopy(base), finetuned, WEMoEConfig(router_depth=depth))
     stir_routers(model)
     routers = reference_routers(model, depth)

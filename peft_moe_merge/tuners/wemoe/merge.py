@@ -39,7 +39,8 @@ def merge_finetuned(
             adapter of `base`, a `PeftModel`, or a state dict. A mapping, or pairs of name and model. Whole parts of
             the model may be missing, such as the text tower in a `CLIPVisionModel`.
             Folders are read one tensor at a time, and with `rank` LoRAs are taken by their factors: there are never two
-            whole models in memory beside `base`.
+            whole models in memory beside `base`. (Whole models are where files hold other tensors than the model, as those
+            of DINOv2 with SwiGLU blocks do.)
         config: what to build; it is copied. `tasks` and `static_modules` are filled in.
         adapter_name: the name of the adapter in the returned model.
         progress: show a progress bar.

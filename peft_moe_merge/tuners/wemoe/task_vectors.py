@@ -18,7 +18,7 @@ def sparsify(deltas_TOI: torch.Tensor, sparsity: float) -> tuple[torch.Tensor, t
         `values_TK` and their ascending flat positions `index_TK` (int32).
     """
     flat_TN = deltas_TOI.flatten(1)
-    index_TK = flat_TN.abs().topk(kept_entries(flat_TN.shape[1], sparsity), dim=1).indices.sort(1).values
+    index_TK = flat_TN.abs().topk(kept_entries(flat_TN.shape[1], sparsity), dim=1, sorted=False).indices.sort(1).values
     return flat_TN.gather(1, index_TK), index_TK.to(torch.int32)
 
 
