@@ -108,9 +108,8 @@ class MoELoraPool(RoutedByTask):
         config.save_pretrained(folder / UNFINISHED)
 
     def load(self, folder: Path) -> None:
-        if (
-            folder / SAFETENSORS_WEIGHTS_NAME
-        ).exists():  # the last checkpoint, one of a bounded pool or an older release
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            # the last checkpoint, one of a bounded pool, or of an older release
             super().load(folder)
             return
         config = MoELoraMergeConfig.from_pretrained(folder / UNFINISHED)

@@ -17,9 +17,8 @@ from .task_vectors import densify
 # longer); elsewhere it should fill the device and leave room in its memory.
 TILES = {"cpu": (8, 9 * 2**18)}
 TILES_ELSEWHERE = (2**16, 2**27)
-ROWS = (
-    32  # a tile has a multiple of so many: what is left over by the widths that products are computed in costs a tenth
-)
+# A tile has a multiple of so many rows: what is left over by the widths that products are computed in costs a tenth.
+ROWS = 32
 
 
 def output_space_is_cheaper(num_tokens: int, num_tasks: int) -> bool:
