@@ -77,8 +77,6 @@ def outcome(folder):
         "zscl": {"extra_batch_size": 8, "average_every": 4},
         "icarl": {"extra_batch_size": 8, "exemplars": 20},
         "der_pp": {"extra_batch_size": 8, "exemplars": 20},
-        "o_lora": {"lora_r": 2},
-        "inflora": {"lora_r": 2},
         "rail": {"rail_features": 96},
         "zero_shot": {},
     }.items(),

@@ -55,6 +55,9 @@ class InfLora(KeptLoras):
 
     name = "inflora"
     settings_class = InfLoraSettings
+    shardable = (
+        False  # directions come with either sign by mere rounding, so that it can't be compared weight by weight
+    )
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -39,6 +39,7 @@ class OLora(KeptLoras):
 
     name = "o_lora"
     settings_class = OLoraSettings
+    shardable = False  # its loss multiplies new factors, in parts, with earlier ones that are whole
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
