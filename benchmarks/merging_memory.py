@@ -5,8 +5,8 @@
 
 What is reported is the peak of resident memory beyond what the process had with the base model read, in multiples of one
 tower. Linux only. Pages of files that the system keeps mapped count as resident, so that it is an upper bound. The bound that is
-printed beside it: what the merged model has beyond the base, and the work on one weight, `WORK` tensors of the size of the largest
-for each task.
+printed beside a WEMoE's: what the merged model has beyond the base, and the work on one weight, `WORK` tensors of the size of the
+largest for each task. A static merge holds the merged weights a second time while it puts them into the model.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def measure(folder: Path, tasks: int, way: str) -> dict[str, float]:
         model = merge_finetuned(base, sources, WEMoEConfig(**options))
         tensors = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
         stays = sum(tensors.values()) - sum(sizes)
-    added, bound = process_bytes("VmHWM") - before, stays + WORK * tasks * max(sizes)
-    return {"tower": sum(sizes), "stays": stays, "added": added, "bound": bound}
+    bound = stays + WORK * tasks * max(sizes) if options is not None else None
+    return {"tower": sum(sizes), "stays": stays, "added": process_bytes("VmHWM") - before, "bound": bound}
 
 
 def main() -> None:
@@ -98,10 +98,11 @@ def main() -> None:
             command = [sys.executable, __file__, "--tasks", str(args.tasks), "--measure", folder, way]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found = json.loads(told.splitlines()[-1])
-            tower, stays, added, bound = (found[what] / 1e6 for what in ("tower", "stays", "added", "bound"))
+            tower, stays, added = (found[what] / 1e6 for what in ("tower", "stays", "added"))
             print(
                 f"{way:20s} one tower {tower:6.1f} MB   beyond the base: what stays {stays:7.1f} MB   "
-                f"peak {added:7.1f} MB = {added / tower:.2f} towers   bound {bound:7.1f} MB = {bound / tower:.2f} towers",
+                f"peak {added:7.1f} MB = {added / tower:.2f} towers"
+                + (f"   bound {found['bound'] / 1e6:7.1f} MB" if found["bound"] else ""),
                 flush=True,
             )
 

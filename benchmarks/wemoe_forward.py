@@ -11,7 +11,8 @@ images; they take turns in one process, and medians of times and of ratios withi
 cores, `--clock cpu` counts the processor's time and not the wall's (with one thread: OMP_NUM_THREADS=1).
 
 `--vit` does the same to a vision tower with random weights: attention, and everything else that is merged once, is in it. Its
-loop keeps the merged weights of all images for the backward pass, 227 MB for each; it takes 8 images at a time there.
+loop keeps the merged weights of all images for the backward pass, 227 MB for each, and on Linux CPUs the holes between them several
+times that; it takes 2 images at a time there.
 """
 
 import argparse
@@ -124,7 +125,7 @@ def towers(configs: dict[str, WEMoEConfig], width: int, layers: int, seed: int) 
     # A parameter at the tower's entry, for which a backward pass goes through all of it, as it does for the first router.
     next(p for name, p in plain.named_parameters() if name.endswith("class_embedding")).requires_grad_()
     ours = {name: Tower(model, f"way{number}") for number, name in enumerate(configs)}
-    return {"loop": Tower(looped, at_a_time=8), **ours, "plain": Tower(plain)}
+    return {"loop": Tower(looped, at_a_time=2), **ours, "plain": Tower(plain)}
 
 
 def fill(linear: WEMoELinear, adapter: str, config: WEMoEConfig, generator: torch.Generator) -> None:

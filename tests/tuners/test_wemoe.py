@@ -106,7 +106,7 @@ def reference_routers(model, depth):
 def test_equals_the_loop_in_values_gates_and_gradients(base, finetuned, images, depth, way, monkeypatch):
     monkeypatch.setattr(ensembling, "output_space_is_cheaper", lambda tokens, tasks: way == "output_space")
     # several tiles, the last one short; or fc1 in two tiles of 32 rows where there is room for 40
-    monkeypatch.setitem(ensembling.TILES, "cpu", (3, 3 * 32 * 40 if "32" in way else 700))
+    monkeypatch.setitem(ensembling.TILES, "cpu", (3, 3 * 32 * 40 if "32" in way else 700, 1))
     model = merge_finetuned(copy.deepcopy(base), finetuned, WEMoEConfig(router_depth=depth))
     stir_routers(model)
     routers = reference_routers(model, depth)
@@ -136,7 +136,7 @@ def test_equals_the_loop_in_values_gates_and_gradients(base, finetuned, images, 
 
 
 def test_the_gradient_of_merging_is_right_in_every_input(monkeypatch):
-    monkeypatch.setitem(ensembling.TILES, "cpu", (2, 20))
+    monkeypatch.setitem(ensembling.TILES, "cpu", (2, 20, 3))
     g = torch.Generator().manual_seed(0)
     x, gates, weight, bias, deltas = (
         torch.randn(shape, generator=g, dtype=torch.float64)

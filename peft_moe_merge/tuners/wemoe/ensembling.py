@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from .task_vectors import densify
 
-# For how many images weights are merged at a time, and how many entries of them. On a CPU a tile should stay in the cache
-# between being merged and being multiplied (9 MiB in float32: 96 rows of an MLP's 3,072 inputs, which with 64 take a tenth
-# longer); elsewhere it should fill the device and leave room in its memory.
-TILES = {"cpu": (8, 9 * 2**18)}
-TILES_ELSEWHERE = (2**16, 2**27)
+# For how many images weights are merged at a time, how many entries of them, and the fewest output rows. On a CPU a tile
+# should stay in the cache between being merged and being multiplied, but narrow products are slow; elsewhere it should fill
+# the device and leave room in its memory.
+TILES = {"cpu": (8, 2**20, 96)}
+TILES_ELSEWHERE = (2**16, 2**27, 1)
 # A tile has a multiple of so many rows: what is left over by the widths that products are computed in costs a tenth.
 ROWS = 32
 
@@ -143,10 +143,10 @@ def merged_tiles(gates_BT, weight_OI, deltas, index_TK):
     The merged weights are in memory that the next ones take: fresh memory for each would cost as much as merging.
     """
     outputs, inputs = weight_OI.shape
-    size, entries = TILES.get(weight_OI.device.type, TILES_ELSEWHERE)
+    size, entries, fewest = TILES.get(weight_OI.device.type, TILES_ELSEWHERE)
     size = min(size, len(gates_BT))
     step = entries // (size * inputs)
-    step = max(1, min(outputs, step - step % ROWS or step))
+    step = min(outputs, max(fewest, step - step % ROWS or step))
     memory = weight_OI.new_empty(size * step * inputs)
     groups = [slice(start, min(start + size, len(gates_BT))) for start in range(0, len(gates_BT), size)]
     for rows, tile_TN in task_vector_tiles(deltas, index_TK, weight_OI.shape, step):
