@@ -21,6 +21,7 @@ import os
 import socket
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -39,16 +40,21 @@ DESIGNS = ("apart", "stacked", "kept")
 TOP_K, RANK, BLOCKS, TOKENS = 2, 16, 12, 16
 
 
-class Block(nn.Module):
+def not_chosen(indices_BK: Tensor, experts: int) -> Tensor:
+    """Tell which experts no sample takes: BoolTensor[E]."""
+    return torch.ones(experts, dtype=torch.bool).index_fill_(0, indices_BK.flatten(), False)
+
+
+class Block(nn.Module, ABC):
     """A linear layer with experts. Subclasses keep them, as `down` E x R x D and `up` E x R x D."""
 
     def __init__(self, width: int):
         super().__init__()
         self.base = nn.Linear(width, width).requires_grad_(False)
 
+    @abstractmethod
     def chosen(self, indices_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts that each sample takes, each B x K R x D."""
-        raise NotImplementedError
 
     def forward(self, x_BLD: Tensor, indices_BK: Tensor) -> Tensor:
         down_BHD, up_BHD = self.chosen(indices_BK)
@@ -154,7 +160,7 @@ class Contestant:
     def _step_and_put_back(self, indices_NBK: Tensor) -> None:
         kept = []
         for block, indices_BK in zip(self.model.blocks, indices_NBK, strict=True):
-            left_E = torch.ones(len(block.down), dtype=torch.bool).index_fill_(0, indices_BK.flatten(), False)
+            left_E = not_chosen(indices_BK, len(block.down))
             for parameter in (block.down, block.up):
                 state = self.optimizer.state.get(parameter, {})
                 tensors = [parameter, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)]
@@ -176,8 +182,7 @@ def moved(contestant: Contestant, x_BLD: Tensor, indices_NBK: Tensor) -> int:
     contestant.step(x_BLD, indices_NBK)
     count = 0
     for old, new, indices_BK in zip(before, contestant.model.experts(), indices_NBK, strict=True):
-        left_E = torch.ones(len(old), dtype=torch.bool).index_fill_(0, indices_BK.flatten(), False)
-        count += int((old != new).any(dim=1)[left_E].sum())
+        count += int((old != new).any(dim=1)[not_chosen(indices_BK, len(old))].sum())
     return count
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from rounds import finish, take_turns, timed, write_json
+from rounds import take_turns, timed, write_json
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -103,7 +103,6 @@ def main() -> None:
         for name, value in results[title].items():
             table.add_row(name, f"{value:.2f}")
         Console().print(table)
-        finish()
     if args.output:
         write_json(args.output, results)
 

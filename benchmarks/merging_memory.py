@@ -25,9 +25,8 @@ from peft_moe_merge import WEMoEConfig, merge_finetuned
 from peft_moe_merge.model_merging.static import merge_static
 from peft_moe_merge.mtil.methods.lora import TARGETS
 
-WORK = (
-    4  # a weight's changes stacked, in double precision what is decomposed, and the parts they are put together from
-)
+WORK = 4
+"""A weight's changes stacked, in double precision what is decomposed, and the parts they are put together from."""
 
 WAYS = {
     "whole task vectors": {},

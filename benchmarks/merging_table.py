@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
-from peft_moe_merge.mtil.model_merging.protocol import choose_rates, times_chance
+from peft_moe_merge.mtil.model_merging.protocol import best_rate, choose_rates, times_chance
 from peft_moe_merge.mtil.model_merging.report import print_report, write_report
 from peft_moe_merge.mtil.model_merging.study import LOSSES, METHODS, Study, StudySettings
 from peft_moe_merge.mtil.results import write_results
@@ -101,7 +101,7 @@ def main() -> None:
         known_rates = json.loads(args.rates.read_text())
         if lacking := [method for method in adapting if method not in known_rates]:
             raise SystemExit(f"{args.rates} has no rates of {lacking}: run without --rates, which chooses them.")
-        rates = {m: float(max(known_rates[m], key=lambda r: (known_rates[m][r], -float(r)))) for m in adapting}
+        rates = {m: best_rate(RATES, lambda rate, m=m: known_rates[m][str(rate)]) for m in adapting}
     else:
         first = Study(tasks[:CHOSEN_ON], [], lambda: load_clip(mini_clip_path()), settings, accelerator)
         first.run(chosen_in.parent, methods=(), seed=0)  # refuses what was made with other settings

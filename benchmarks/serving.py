@@ -52,8 +52,7 @@ def clip_of(model: str) -> tuple[CLIPModel, CLIPProcessor]:
     """Make the mini CLIP, or one whose image tower is a ViT-B/16's, with random weights."""
     clip, processor = load_clip(mini_clip_path())
     if model == "vit-b/16":
-        vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        vision |= {"image_size": 224, "patch_size": 16}
+        vision = {"patch_size": 16}  # else CLIP's defaults are a ViT-B's
         torch.manual_seed(0)
         clip = CLIPModel(CLIPConfig(text_config=clip.config.text_config.to_dict(), vision_config=vision))
         processor = CLIPProcessor(CLIPImageProcessor(), processor.tokenizer)

@@ -43,7 +43,7 @@ from memory import STATUS, process_bytes
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from rounds import quartiles, take_turns, write_json
+from rounds import finish, quartiles, take_turns, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
@@ -125,7 +125,6 @@ class Contestant:
                 parameter.requires_grad_(True)
         self.model.to(device).train()
         self.seconds: dict[str, float] = {}
-        self.device = device
         for phase, tower in (("image", clip.vision_model), ("text", clip.text_model)):
             tower.register_forward_pre_hook(partial(lambda phase, *_: self.begin(phase), phase))
             tower.register_forward_hook(partial(lambda phase, *_: self.end(phase), phase))
@@ -139,11 +138,11 @@ class Contestant:
             self.optimizer.zero_grad()
 
     def begin(self, phase: str) -> None:
-        synchronize(self.device)
+        finish()
         self.seconds[phase] = -time.perf_counter()
 
     def end(self, phase: str) -> None:
-        synchronize(self.device)
+        finish()
         self.seconds[phase] += time.perf_counter()
 
     @contextmanager
@@ -182,11 +181,6 @@ class Contestant:
         with self.phase("step"), autocast:
             self.model.get_image_features(batch["images"], **ids)
         return self.seconds
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_clip(settings: dict[str, Any], args: argparse.Namespace) -> CLIPModel:

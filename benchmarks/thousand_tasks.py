@@ -193,22 +193,12 @@ def clips() -> dict[str, tuple[Callable[[], Any], int]]:
     """Make a pass of each image tower over random images, and name the width of its features."""
     torch.manual_seed(0)
     mini, _ = load_clip(mini_clip_path())
-    large = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            image_size=224,
-            patch_size=16,
-            projection_dim=512,
-        )
-    )
+    large = CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=16))  # CLIP's other defaults are a ViT-B's
     small_pixels, pixels = torch.randn(CHOSEN, 3, 32, 32), torch.randn(CHOSEN, 3, 224, 224)
     mini.eval(), large.eval()
     return {
         "mini": (lambda: mini.get_image_features(small_pixels), mini.config.projection_dim),
-        "ViT-B/16": (lambda: large(pixels), 512),
+        "ViT-B/16": (lambda: large(pixels), large.config.projection_dim),
     }
 
 

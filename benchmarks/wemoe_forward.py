@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import torch
 from peft import PeftModel
-from rounds import CLOCKS, ratios, write_json
+from rounds import CLOCKS, finish, ratios, write_json
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPMLP
@@ -151,8 +151,7 @@ def seconds(module: nn.Module, x: torch.Tensor, phase: str, clock: str) -> float
             output = module(part.detach().requires_grad_(phase != "forward"))
             if phase == "forward and backward":
                 output.sum().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize()
+    finish()
     return CLOCKS[clock]() - start
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
@@ -42,3 +43,18 @@ def stir_routers(model, seed: int = 3):
         for name, parameter in model.named_parameters():
             if ".wemoe_router." in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def base():
+    return small_clip().double()
+
+
+@pytest.fixture
+def finetuned(base):
+    return {task: finetune(base, seed) for seed, task in enumerate(TASKS, start=1)}
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)

@@ -1,5 +1,7 @@
 """The WEMoE method against a plain loop over images, tasks and tensors written here."""
 
+# ruff: noqa: F401, F811 -- fixtures are imported
+
 import copy
 
 import pytest
@@ -8,27 +10,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from transformers import CLIPConfig, CLIPModel
-from wemoe_clip import TASKS, features, finetune, small_clip, stir_routers
+from wemoe_clip import TASKS, base, features, finetuned, images, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, ensembling, merge_finetuned
 from peft_moe_merge.tuners.wemoe.layer import WEMoEBlock, WEMoELinear
 from peft_moe_merge.tuners.wemoe.router import Router
 from peft_moe_merge.tuners.wemoe.task_vectors import densify, sparsify, truncate
-
-
-@pytest.fixture
-def base():
-    return small_clip().double()
-
-
-@pytest.fixture
-def finetuned(base):
-    return {task: finetune(base, seed) for seed, task in enumerate(TASKS, start=1)}
-
-
-@pytest.fixture
-def images():
-    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 def reference_features(base, finetuned, images, routers, scaling=0.3):

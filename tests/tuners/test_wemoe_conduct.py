@@ -1,5 +1,7 @@
 """WEMoE beside PEFT's conventions: saving, loading, several adapters, precision, compiling; and what may be merged."""
 
+# ruff: noqa: F401, F811 -- fixtures are imported
+
 import copy
 import json
 import os
@@ -14,25 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModel
-from wemoe_clip import TASKS, features, finetune, small_clip, stir_routers
+from wemoe_clip import TASKS, base, features, finetune, finetuned, images, small_clip, stir_routers
 
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, merge_finetuned
 from peft_moe_merge.tuners.wemoe.router import Router
-
-
-@pytest.fixture
-def base():
-    return small_clip().double()
-
-
-@pytest.fixture
-def finetuned(base):
-    return {task: finetune(base, seed) for seed, task in enumerate(TASKS, start=1)}
-
-
-@pytest.fixture
-def images():
-    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

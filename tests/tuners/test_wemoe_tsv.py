@@ -1,29 +1,16 @@
 """WEMoE over tasks' orthogonal parts."""
 
+# ruff: noqa: F401, F811 -- fixtures are imported
+
 import copy
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from wemoe_clip import TASKS, features, finetune, small_clip, stir_routers
+from wemoe_clip import TASKS, base, features, finetuned, images, small_clip, stir_routers
 
 from peft_moe_merge.model_merging.static import merge_static
 from peft_moe_merge.tuners.wemoe import WEMoEConfig, merge_finetuned
-
-
-@pytest.fixture
-def base():
-    return small_clip().double()
-
-
-@pytest.fixture
-def finetuned(base):
-    return {task: finetune(base, seed) for seed, task in enumerate(TASKS, start=1)}
-
-
-@pytest.fixture
-def images():
-    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -25,5 +25,5 @@ def task_arithmetic(base: nn.Module, vectors: TaskVectors, scaling: float = 0.3)
 def weighted_changes(vectors: TaskVectors, scaling: float) -> Iterator[tuple[str, list[torch.Tensor], torch.Tensor]]:
     """Yield each changed parameter's name, its task vectors and the same weight for each, as PEFT's `merge_utils` ask."""
     for name in sorted(vectors.changed()):
-        deltas = [vectors.delta(task, name) for task in vectors.tasks]
+        deltas = list(vectors.stacked(name))
         yield name, deltas, torch.full((len(deltas),), scaling, dtype=deltas[0].dtype, device=deltas[0].device)

@@ -250,6 +250,5 @@ def favourites(usage_E: Tensor, top_k: int, own: list[int] | None = None) -> lis
             first, and the task's own would stay open to the next task.
     """
     candidates = list(range(len(usage_E))) if own is None else sorted(set(own))
-    counts = dict(zip(candidates, usage_E[candidates].tolist(), strict=True))
-    order = sorted(candidates, key=lambda expert: -counts[expert])  # stable: the lower index first between equals
-    return sorted(expert for expert in order[:top_k] if counts[expert] > 0)
+    counts = usage_E[candidates]
+    return sorted(candidates[place] for place in ranked(counts)[:top_k] if counts[place] > 0)

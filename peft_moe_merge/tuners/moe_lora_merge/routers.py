@@ -111,7 +111,6 @@ class RouterBank(nn.Module):
         weight: per task D x C.
         noise_weight: per task D x C; empty where routing has no noise.
         columns: per task, which experts these are; None where every task knows all of them, in order.
-        num_experts: E.
         usage: int64 T x E, selections in training, of all processes, as far as they have been shared. Where tasks have
             experts of their own T x C, by column: T x E would grow with the square of the tasks.
         stopped: bool T, whose router has learnt enough and trains no more.
@@ -127,10 +126,9 @@ class RouterBank(nn.Module):
         self.noisy = config.router_noise > 0
         self.weight = nn.ParameterList()
         self.noise_weight = nn.ParameterList()
-        self.num_experts = config.experts_at_start
-        self.columns = Columns(self.num_experts) if config.stores_columns else None
+        self.columns = Columns(config.experts_at_start) if config.stores_columns else None
         self.counts_columns = config.task_experts == "reserved"
-        width = 0 if self.counts_columns else self.num_experts
+        width = 0 if self.counts_columns else config.experts_at_start
         self.register_buffer("usage", torch.zeros(0, width, dtype=torch.int64))
         self.register_buffer("stopped", torch.zeros(0, dtype=torch.bool))
         self.keep_decisions = config.has_router_losses
@@ -160,11 +158,15 @@ class RouterBank(nn.Module):
 
     def grow(self, experts: int) -> None:
         """Know of so many more experts."""
-        self.num_experts += experts
         if self.columns is not None:
             self.columns.grow(experts)
         if not self.counts_columns:
             self.usage = F.pad(self.usage, (0, experts))
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.usage.shape[1] if self.columns is None else self.columns.num_experts
 
     def usage_of(self, task: int) -> Tensor:
         """Return how often a task selected each of the E experts, as far as counts have been shared."""

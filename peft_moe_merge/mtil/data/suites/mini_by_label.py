@@ -8,15 +8,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from scipy.cluster.hierarchy import leaves_list, linkage
-from torch.nn import functional as F
+
+from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 
 from ...clip import load_clip
 from ..mini import TASKS, load_task, mini_clip_path
-from ..task import Task, labels_of
+from ..task import Task, relabelled
 from .base import Suite
 
 SOURCES = ("animals", "flowers", "food", "scenes", "vehicles")
@@ -34,10 +33,8 @@ def by_likeness() -> tuple[tuple[str, int], ...]:
     """
     classes = [(source, label) for source in SOURCES for label in range(len(TASKS[source].classes))]
     clip, processor = load_clip(mini_clip_path())
-    prompts = [TEMPLATE.format(TASKS[source].classes[label]) for source, label in classes]
-    with torch.no_grad():
-        tokens = processor(text=prompts, return_tensors="pt", padding=True)
-        texts_CP = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
+    names = [TASKS[source].classes[label] for source, label in classes]
+    texts_CP = class_features(clip, processor.tokenizer, prompts_of(names, [TEMPLATE]))
     leaves = leaves_list(linkage(texts_CP.double().numpy(), "average", metric="cosine", optimal_ordering=True))
     return tuple(classes[leaf] for leaf in leaves)
 
@@ -62,11 +59,9 @@ class MiniSimilar(Suite):
 
     @staticmethod
     def _images(classes: list[tuple[str, int]], names: tuple[str, ...], split: str) -> Dataset:
-        parts = []
-        for number, (source, label) in enumerate(classes):
-            images = load_task(source, split)
-            rows = images.select(np.flatnonzero(np.equal(labels_of(images), label)).tolist()).remove_columns("label")
-            parts.append(rows.add_column("label", [number] * len(rows)))
+        parts = [
+            relabelled(load_task(source, split), {label: number}) for number, (source, label) in enumerate(classes)
+        ]
         return concatenate_datasets(parts).cast_column("label", ClassLabel(names=list(names)))
 
 

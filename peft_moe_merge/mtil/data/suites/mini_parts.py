@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel
 
 from ..mini import TASKS, load_task
-from ..task import Task, labels_of
+from ..task import Task, relabelled
 from .base import Suite
 
 CLASSES = 2
@@ -31,20 +31,12 @@ class MiniParts(Suite):
         labels = self._cut(whole)[int(part) - 1]
         task = TASKS[whole]
         names = tuple(task.classes[label] for label in labels)
-        splits = (self._of_classes(load_task(whole, split), labels, names) for split in ("train", "test"))
-        return Task(name, names, task.templates, *splits)
+        numbers = {label: number for number, label in enumerate(labels)}
+        splits = (relabelled(load_task(whole, split), numbers) for split in ("train", "test"))
+        classes = ClassLabel(names=list(names))
+        return Task(name, names, task.templates, *(split.cast_column("label", classes) for split in splits))
 
     @staticmethod
     def _cut(name: str) -> list[list[int]]:
         classes = len(TASKS[name].classes)
         return [part.tolist() for part in np.array_split(np.arange(classes), max(1, classes // CLASSES))]
-
-    @staticmethod
-    def _of_classes(images: Dataset, labels: list[int], names: tuple[str, ...]) -> Dataset:
-        rows = images.select(np.flatnonzero(np.isin(labels_of(images), labels)).tolist())
-        numbers = [labels.index(label) for label in labels_of(rows)]
-        return (
-            rows.remove_columns("label")
-            .add_column("label", numbers)
-            .cast_column("label", ClassLabel(names=list(names)))
-        )
