@@ -25,11 +25,13 @@ measure() {
         set -- --quick --device cpu
     fi
     echo "== $name: $script $*"
-    "$python" "benchmarks/$script" "$@" --output "$folder/$name.json" | tee "$folder/$name.txt"
+    "$python" "benchmarks/$script" "$@" --output "$folder/$name.json" > "$folder/$name.txt"  # no pipe, which would hide a failure
+    cat "$folder/$name.txt"
 }
 
 if [ -z "$dry" ]; then
-    "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' | tee "$folder/device.txt"
+    "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' > "$folder/device.txt"
+    cat "$folder/device.txt"
 fi
 measure step_time step_time.py --device cuda
 measure pool_step_time pool_step_time.py --device cuda

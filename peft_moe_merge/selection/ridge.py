@@ -120,22 +120,27 @@ class RidgeSelector(IncrementalSelector):
     def _regular(self, ridge: float) -> Tensor:
         return self.shared["gram"] + ridge * torch.eye(self.projection, dtype=torch.float64)
 
-    def _prepare(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def _prepare(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         weights_MS, ridge = self.solve()
         lower_MM = torch.linalg.cholesky(self._regular(ridge))
         parts = (self._projection(self.width), weights_MS, lower_MM)
-        return *(part.to(device, torch.float32) for part in parts), [len(own["sums"]) for own in self.own]
+        targets_T = torch.tensor([len(own["sums"]) for own in self.own])
+        task_S = torch.arange(len(self.own)).repeat_interleave(targets_T)
+        return *(part.to(device, torch.float32) for part in parts), task_S.to(device), len(self.own)
 
     def decision_function(self, features_BF: Tensor) -> Tensor:
-        projection_FM, weights_MS, _, targets = self.prepared(features_BF.device)
+        projection_FM, weights_MS, _, task_S, tasks = self.prepared(features_BF.device)
         with torch.autocast(features_BF.device.type, enabled=False):
             outputs_BS = (features_BF.float() @ projection_FM).relu() @ weights_MS
-            return torch.stack([outputs_BC.amax(dim=1) for outputs_BC in outputs_BS.split(targets, dim=1)], dim=1)
+            if len(task_S) == tasks:  # one target each
+                return outputs_BS
+            lowest_BT = outputs_BS.new_full((len(outputs_BS), tasks), -torch.inf)
+            return lowest_BT.scatter_reduce(1, task_S.expand_as(outputs_BS), outputs_BS, "amax")
 
     def known(self, features_BF: Tensor, scores_BT: Tensor) -> Tensor:
         if self.none_by == "score":
             return scores_BT
-        projection_FM, _, lower_MM, _ = self.prepared(features_BF.device)
+        projection_FM, _, lower_MM, *_ = self.prepared(features_BF.device)
         with torch.autocast(features_BF.device.type, enabled=False):
             x_MB = (features_BF.float() @ projection_FM).relu().T
             leverage_B = torch.linalg.solve_triangular(lower_MM, x_MB, upper=False).square().sum(dim=0)

@@ -1,5 +1,6 @@
 """What a further task costs a pool does not depend on how many there are: counted, not timed."""
 
+import gc
 import json
 import sys
 
@@ -98,6 +99,24 @@ def test_what_a_task_adds_to_memory_and_to_each_step_is_linear():
         counted.append(written.numbers)
     for first, second, third in (stored, counted):
         assert third - second == 2 * (second - first)
+
+
+def test_a_task_that_has_trained_leaves_its_own_objects_behind_and_no_others():
+    """In each of two layers five parameters, the experts' and the router's, its columns as a buffer and as a list."""
+    model, callback = pool_of(3)
+    counts = []
+    for task in range(3, 24):
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
+        for _ in range(2):
+            model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            callback.step(model, optimizer)
+        next_task(model, callback, str(task))
+        del optimizer
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    assert counts[-1] - counts[-11] == 10 * 2 * (5 + 1 + 1)
 
 
 def test_adding_a_task_touches_nothing_of_old_ones():
