@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import MoELoraMergeConfig
 from .distributed import ZeroGradients, as_in_first_process, gathered, is_sharded, overwrite
-from .mixture import ACTIVATIONS, Experts, How, KnownSelection, Selection, joined, mixture, token_mixture
+from .mixture import ACTIVATIONS, Experts, How, KnownSelection, OwnExperts, Selection, joined, mixture, token_mixture
 from .pool import Expert
 from .routing_losses import displacement
 
@@ -152,13 +152,14 @@ class ExpertBank(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        selection: Selection | KnownSelection,
+        selection: Selection | KnownSelection | OwnExperts,
         gates_GK: Tensor,
         how: How,
         training: bool = False,
+        onto_BLO: Tensor | None = None,
     ) -> Tensor:
         experts = selection.stack(*self.banks)
-        y_BLO = self.mixture(x_BLD, gates_GK, selection.positions_GK, experts, how)
+        y_BLO = self.mixture(x_BLD, gates_GK, selection.positions_GK, experts, how, onto_BLO)
         if self.sharded and training and torch.is_grad_enabled() and isinstance(selection, Selection):
             y_BLO = ZeroGradients.apply(y_BLO, *self.taken_elsewhere(selection.indices_GK))
         return y_BLO

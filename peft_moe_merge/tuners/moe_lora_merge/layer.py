@@ -25,7 +25,7 @@ from .context import (
 )
 from .distributed import in_backward
 from .experts import ExpertBank
-from .mixture import How, KnownSelection, Selection, add_fixed_mixture
+from .mixture import How, KnownSelection, OwnExperts, Selection, add_fixed_mixture
 from .routers import Decisions, RouterBank
 from .routing import selection_counts
 from .routing_losses import router_loss
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     x_BLD: Tensor
     rows_N: Tensor | None
     gates_GK: Tensor
-    selection: Selection | KnownSelection
+    selection: Selection | KnownSelection | OwnExperts
 
 
 class FixedChoice(NamedTuple):
@@ -208,12 +208,18 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         takes_all = config.task_experts == "reserved" and config.top_k == config.experts_per_task
         recorded = self.training and routers.keep_decisions and context.record is not None
         noise = config.router_noise if self.training else 0.0
-        if takes_all and routed.position_N is None and routed.rows_N is None and not recorded:
+        all_rows = takes_all and routed.rows_N is None and not recorded
+        if all_rows and routed.position_N is None:
             return self._take_all(config, routers, routed.tasks[0], noise, x)
 
         x_BLD = x.reshape(x.shape[0], -1, x.shape[-1])
         alike = self.reads_prompts and context.prompts_start_alike
         by_token = config.routing == "token"
+        if all_rows and not self.training and not by_token and gates_asked_for(self.adapters) is None:
+            # samples of several tasks are served: only to be weighed, too
+            own = OwnExperts([routers.experts_of(task) for task in routed.tasks], routed.position_N)
+            logits_BK = routers.logits(x_BLD[:, 0], routed.tasks, routed.position_N)
+            return Choice(x_BLD, None, logits_BK.softmax(dim=-1), own)
         if by_token:
             # every token is a sample of its own
             routed, x_BLD, alike = routed.tokens(x_BLD.shape[1]), x_BLD.reshape(-1, 1, x.shape[-1]), False
@@ -315,12 +321,13 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
             return add_fixed_mixture(result, x, choice.gates, experts.joined(choice.experts), how)
         rows_N = choice.rows_N
         x_NLD = self._cast_input_dtype(choice.x_BLD if rows_N is None else choice.x_BLD[rows_N], experts.dtype)
-        y_NLO = experts(x_NLD, choice.selection, choice.gates_GK, how, self.training).to(result.dtype)
-        if rows_N is None:
-            return result + y_NLO.reshape(result.shape)
-        # rows of plain samples are not even added zero to, so they stay what they were bit for bit
         result_BLO = result.reshape(*choice.x_BLD.shape[:2], -1)
-        return result_BLO.index_add(0, rows_N, y_NLO).reshape(result.shape)
+        onto_BLO = result_BLO if rows_N is None else None
+        y_NLO = experts(x_NLD, choice.selection, choice.gates_GK, how, self.training, onto_BLO)
+        if rows_N is None:
+            return y_NLO.reshape(result.shape)
+        # rows of plain samples are not even added zero to, so they stay what they were bit for bit
+        return result_BLO.index_add(0, rows_N, y_NLO.to(result.dtype)).reshape(result.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NOT_MERGEABLE)

@@ -135,6 +135,27 @@ class KnownSelection:
         return Experts(*(torch.stack(tensors_of(bank, self.experts)) for bank in banks))
 
 
+class OwnExperts:
+    """A selection where samples of several tasks take all experts of their own task: nothing has to be looked for.
+
+    Args:
+        experts: the K experts of each task in the batch.
+        position_G: which of these tasks each sample has.
+    """
+
+    positions_GK = None  # stacked sample by sample
+
+    def __init__(self, experts: Sequence[Sequence[int]], position_G: Tensor):
+        self.experts = experts
+        self.position_G = position_G
+
+    def stack(self, *banks: Sequence[Tensor]) -> Experts:
+        """Stack the K experts of each sample, U = G K."""
+        everything = [expert for task in self.experts for expert in task]
+        of_tasks = (torch.stack(tensors_of(bank, everything)).unflatten(0, (len(self.experts), -1)) for bank in banks)
+        return Experts(*(tensor.index_select(0, self.position_G).flatten(0, 1) for tensor in of_tasks))
+
+
 def tensors_of(bank: Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
     """Take some experts' tensors. A `ParameterList` keeps them by name, which is several times as fast as by index."""
     if isinstance(bank, nn.ParameterList):
@@ -205,7 +226,14 @@ def add_fixed_mixture(y: Tensor, x: Tensor, gates: Tensor | None, experts: Exper
     return y
 
 
-def mixture(x_BLD: Tensor, gates_GK: Tensor, positions_GK: Tensor | None, experts: Experts, how: How) -> Tensor:
+def mixture(
+    x_BLD: Tensor,
+    gates_GK: Tensor,
+    positions_GK: Tensor | None,
+    experts: Experts,
+    how: How,
+    onto_BLO: Tensor | None = None,
+) -> Tensor:
     """Compute `sum_k gate_k * scaling * (dropout(activation(x A_k + a_k)) B_k + b_k)` for every sample.
 
     Args:
@@ -214,6 +242,7 @@ def mixture(x_BLD: Tensor, gates_GK: Tensor, positions_GK: Tensor | None, expert
         positions_GK: which of the U stacked experts they are; None when they are stacked in this very order.
         experts: the stacked experts.
         how: activation, scale, dropout.
+        onto_BLO: what it is added to, if anything.
 
     Returns:
         y_BLO.
@@ -231,7 +260,7 @@ def mixture(x_BLD: Tensor, gates_GK: Tensor, positions_GK: Tensor | None, expert
         bias_H = None if experts.down_bias is None else experts.down_bias.reshape(U * R)
         hidden_BLH = how.hidden(F.linear(x_BLD, experts.down.reshape(U * R, D), bias_H))
         y_BLO = (hidden_BLH * weights_U.repeat_interleave(R)) @ experts.up.reshape(U * R, O)
-        return y_BLO if experts.up_bias is None else y_BLO + weights_U @ experts.up_bias
+        return plus(onto_BLO, y_BLO if experts.up_bias is None else y_BLO + weights_U @ experts.up_bias)
 
     if positions_GK is not None:
         # `index_select`, whose gradient is summed row by row; that of indexing is summed number by number
@@ -240,15 +269,29 @@ def mixture(x_BLD: Tensor, gates_GK: Tensor, positions_GK: Tensor | None, expert
     down_GHD, up_GHO = experts.down.reshape(G, K * R, D), experts.up.reshape(G, K * R, O)
     weights_GH = weights_GK.repeat_interleave(R, dim=1)
     if experts.down_bias is None:
-        hidden_BLH = how.hidden(torch.bmm(x_BLD, down_GHD.transpose(1, 2)))
-        return torch.bmm(hidden_BLH * weights_GH.unsqueeze(1), up_GHO)
+        hidden_BLH = how.hidden(torch.bmm(x_BLD, down_GHD.transpose(1, 2))) * weights_GH.unsqueeze(1)
+        if onto_BLO is not None and onto_BLO.dtype == hidden_BLH.dtype == up_GHO.dtype:
+            return torch.baddbmm(onto_BLO, hidden_BLH, up_GHO)  # one pass over memory less than to add afterwards
+        return plus(onto_BLO, torch.bmm(hidden_BLH, up_GHO))
     out_bias_GO = (weights_GK.unsqueeze(-1) * experts.up_bias.reshape(G, K, O)).sum(dim=1)
     bias_GH = experts.down_bias.reshape(G, K * R)
     hidden_BLH = how.hidden(torch.baddbmm(bias_GH.unsqueeze(1), x_BLD, down_GHD.transpose(1, 2)))
-    return torch.baddbmm(out_bias_GO.unsqueeze(1), hidden_BLH * weights_GH.unsqueeze(1), up_GHO)
+    return plus(onto_BLO, torch.baddbmm(out_bias_GO.unsqueeze(1), hidden_BLH * weights_GH.unsqueeze(1), up_GHO))
 
 
-def token_mixture(x_BLD: Tensor, gates_BK: Tensor, positions_BK: Tensor, experts: Experts, how: How) -> Tensor:
+def plus(onto: Tensor | None, y: Tensor) -> Tensor:
+    """Add to the base layer's output, in its precision."""
+    return y if onto is None else onto + y.to(onto.dtype)
+
+
+def token_mixture(
+    x_BLD: Tensor,
+    gates_BK: Tensor,
+    positions_BK: Tensor,
+    experts: Experts,
+    how: How,
+    onto_BLO: Tensor | None = None,
+) -> Tensor:
     """Compute what `mixture` does where every token is a sample of its own, L = 1.
 
     To give each of many tokens its own copy of its experts would be absurd. Instead the tokens are sorted by expert, each
@@ -267,7 +310,7 @@ def token_mixture(x_BLD: Tensor, gates_BK: Tensor, positions_BK: Tensor, experts
     if experts.up_bias is not None:
         y_SO = y_SO + experts.up_bias.index_select(0, position_S)
     y_SO = y_SO * weights_S.unsqueeze(1)
-    return y_SO.new_zeros(B, y_SO.shape[-1]).index_add(0, token_S, y_SO).unsqueeze(1)
+    return plus(onto_BLO, y_SO.new_zeros(B, y_SO.shape[-1]).index_add(0, token_S, y_SO).unsqueeze(1))
 
 
 def grouped_product(x_SD: Tensor, weight_UOD: Tensor, ends_U: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which experts does a sample take, and with what weight? Pure functions on tensors.
 
-Shapes: B samples, D width, E experts, K = top_k.
+Shapes: B samples, D width, E experts, K = top_k, T tasks.
 """
 
 import torch
@@ -42,8 +42,10 @@ def router_logits(
 def _project(x_BD: Tensor, weight: Tensor, position_B: Tensor | None) -> Tensor:
     if position_B is None:
         return x_BD @ weight
-    # all tasks' scores, then each sample's own: the scores are few, and neither samples nor weights are gathered
-    return (x_BD @ weight)[position_B, torch.arange(len(x_BD), device=x_BD.device)]
+    # all tasks' scores in one product, then each sample's own: the scores are few, and no sample's weights are gathered
+    T, D, E = weight.shape
+    scores_BTE = (x_BD @ weight.transpose(0, 1).reshape(D, T * E)).view(-1, T, E)
+    return scores_BTE[torch.arange(len(x_BD), device=x_BD.device), position_B]
 
 
 def top_k_gates(logits_BE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
