@@ -35,6 +35,7 @@ def test_outputs_and_gradients_are_those_of_the_slow_sum(per_task, top_k, shape,
         model.set_task(task)
         check_against_slow(model, inputs(*shape))
         check_against_slow(model, inputs(*shape), [2, -1, 0, 2, 1])
+        check_against_slow(model, inputs(*shape), [2, 1, 0, 2, 1])
         check_against_slow(model, inputs(*shape), [1] * 5)
         check_against_slow(model, inputs(*shape), [-1] * 5)
 
@@ -45,6 +46,7 @@ def test_other_scales_and_activations(per_task, top_k, fields):
     model = net_pool(experts_per_task=per_task, top_k=top_k, **fields)
     check_against_slow(model, inputs(5, 4))
     check_against_slow(model, inputs(5, 4), [2, -1, 0, 2, 1])
+    check_against_slow(model.eval(), inputs(5, 4), [2, 1, 0, 2, 1])
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 4)])
@@ -68,6 +70,7 @@ def test_two_columns_may_lead_to_one_expert(top_k, routing):
         assert merges[block].second not in known and merges[block].target == merges[block].first
     check_against_slow(model, inputs(5, 4))
     check_against_slow(model, inputs(5), [2, -1, 0, 2, 0])
+    check_against_slow(model.eval(), inputs(5), [2, 1, 0, 2, 0])
     for seed in range(3):  # a single sample goes a way of its own
         check_against_slow(model, inputs(1, 4, seed=seed))
         check_against_slow(model, inputs(3, 4, seed=seed), [-1, 0, -1])
