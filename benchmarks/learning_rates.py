@@ -36,11 +36,8 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "finetune": [{"full_lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
     "inflora": [{"inflora_lr": lr} for lr in (3e-4, 6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2)],
     "rail": [{"rail_ridge": ridge} for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0)],
-    "coda_prompt": [
-        {"coda_lr": lr, "coda_weight": weight}
-        for weight in (0.0, 0.1)
-        for lr in (2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1, 6.4e-1)
-    ],
+    "coda_prompt": [{"coda_lr": lr, "coda_weight": 0.0} for lr in (2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1, 6.4e-1)],
+    "coda_prompt orthogonal": [{"coda_lr": lr, "coda_weight": 0.1} for lr in (4e-2, 8e-2, 1.6e-1, 3.2e-1, 6.4e-1)],
     "sema": [{"sema_lr": lr} for lr in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)],
     "moe_lora_pool": [
         {"experts_per_task": experts, "pool_r": r, "pool_lr": lr}
