@@ -39,6 +39,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "coda_prompt": [{"coda_lr": lr, "coda_weight": 0.0} for lr in (2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1, 6.4e-1)],
     "coda_prompt orthogonal": [{"coda_lr": lr, "coda_weight": 0.1} for lr in (4e-2, 8e-2, 1.6e-1, 3.2e-1, 6.4e-1)],
     "sema": [{"sema_lr": lr} for lr in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)],
+    "moe_lora_warm": [{"warm_lr": lr} for lr in RATES],  # by --stream: it has to come after other tasks
     "moe_lora_pool": [
         {"experts_per_task": experts, "pool_r": r, "pool_lr": lr}
         for experts, r in ((1, 16), (2, 8), (2, 16))

@@ -18,6 +18,7 @@ NO_TASK = ""
 
 CHOICES = (
     "task_experts",
+    "expert_start",
     "expert_input",
     "routing",
     "merge_pair",
@@ -60,6 +61,9 @@ class MoELoraMergeConfig(AdapterConfig):
         experts_per_task: how many a task gets, when reserved; with "shared" and "grow", how many unfrozen ones it finds at
             least.
         max_experts: bound of a growing pool; None for none.
+        expert_start: what the experts of a task that joins by `add_task` start from, "fresh" (they add nothing) or "merged"
+            (the mean of what the latest earlier tasks' experts add, as far as their rank holds it; reserved identity
+            experts). Earlier tasks stay as they are either way.
         top_k: experts that a sample takes in a block.
         r: bottleneck rank of an expert.
         lora_alpha: an expert's output is scaled by `lora_alpha / r`.
@@ -120,6 +124,10 @@ class MoELoraMergeConfig(AdapterConfig):
     )
     experts_per_task: int = field(default=2, metadata={"help": "Experts of its own that a task gets per block."})
     max_experts: int | None = field(default=None, metadata={"help": "Bound of a growing pool."})
+    expert_start: Literal["fresh", "merged"] = field(
+        default="fresh",
+        metadata={"help": "What a further task's experts start from: nothing, or earlier tasks', merged."},
+    )
     top_k: int = field(default=2, metadata={"help": "Experts that a sample takes in a block."})
     r: int = field(default=64, metadata={"help": "Bottleneck rank of an expert."})
     lora_alpha: float = field(default=6.4, metadata={"help": "An expert's output is scaled by lora_alpha / r."})
@@ -285,6 +293,12 @@ class MoELoraMergeConfig(AdapterConfig):
             raise ValueError(
                 "merge_strategy='product' sums linear updates, but experts with expert_activation="
                 f"{self.expert_activation!r} are not linear: use expert_activation='identity', or 'average' or 'aligned'."
+            )
+        if self.expert_start == "merged" and not (reserved and self.expert_activation == "identity"):
+            raise ValueError(
+                "expert_start='merged' starts a task's own experts from the sum of earlier tasks' linear updates, but here "
+                f"task_experts={self.task_experts!r} and expert_activation={self.expert_activation!r}: use 'reserved' and "
+                "'identity', as `MoELoraMergeConfig.pool()` does, or expert_start='fresh'."
             )
 
     @property

@@ -6,10 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import gathered, overwrite, several_processes
+from .distributed import as_in_first_process, gathered, overwrite, several_processes
 from .experts import ExpertBank
-from .pool import STRATEGIES, Merge, choose_merge, choose_room, choose_union, favourites
+from .pool import STRATEGIES, Merge, choose_merge, choose_room, choose_union, favourites, merged_start
 from .routers import RouterBank
+
+STARTS_FROM = 8
+"""Earlier tasks that a new one's experts are merged from, the latest: the hundredth task is to cost what the tenth does."""
 
 
 class ExpertPool:
@@ -62,6 +65,20 @@ class ExpertPool:
     def _make_room(self, bank: ExpertBank, routers: RouterBank) -> None:
         used, usage_E = list(set(range(len(bank))) - routers.columns.free), routers.total_usage()
         self._unite(bank, routers, choose_room(used, usage_E, bank.expert, self._config.merge_pair), usage_E)
+
+    @torch.no_grad()
+    def _start_merged(self) -> None:
+        """Let the experts of the task that was added last start from those of the tasks before it."""
+        for layer in self.adapted_layers().values():
+            bank, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
+            *earlier, own = [routers.experts_of(task) for task in range(len(routers.weight))][-1 - STARTS_FROM :]
+            if bank.frozen.is_meta:
+                continue
+            starts = merged_start([[bank.expert(expert) for expert in known] for known in earlier], len(own))
+            for expert, start in zip(own, starts, strict=True):
+                for name, tensor in start.items():
+                    as_in_first_process(tensor)
+                    overwrite(getattr(bank, name)[expert], tensor)
 
     def expert_usage(self, task: str | None = None) -> dict[str, Tensor]:
         """Tell how often a task selected each expert in training, since it began.

@@ -1,12 +1,13 @@
 """Who gets which experts, which two merge, how they become one, and who freezes. Pure functions on tensors.
 
-Shapes: E experts, F of them, R bottleneck rank, D input width, O output width. Counts and flags are per block.
+Shapes: E experts, F of them, R bottleneck rank, S ranks of several experts together, D input width, O output width. Counts
+and flags are per block.
 Source: arXiv 2405.11530, Algorithm 1, whose text (the least selected expert is overwritten) is followed where its
 listing differs.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -213,17 +214,54 @@ def product(first: Expert, second: Expert, share: float = 0.5) -> Expert:
         first, second: the experts, without biases.
         share: weight of the first, its share of the selections.
     """
-    down_SD = torch.cat([first["down_weight"], second["down_weight"]]).double()
-    up_SO = torch.cat([share * first["up_weight"].double(), (1 - share) * second["up_weight"].double()])
+    rank = len(first["down_weight"])
+    down_RD, size_R, up_RO = cut([(first, share), (second, 1 - share)], rank)
+    root_R1 = size_R.sqrt().unsqueeze(1)
+    union = {"down_weight": root_R1 * down_RD, "up_weight": root_R1 * up_RO}
+    return {name: tensor.to(first[name].dtype) for name, tensor in union.items()}
+
+
+def cut(experts: Sequence[tuple[Expert, float]], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose a weighed sum of the updates of linear experts, and keep what is largest.
+
+    Args:
+        experts: each with its weight.
+        rank: R, directions to keep.
+
+    Returns:
+        The directions read, R x D, their sizes in descending order, R, and the directions written, R x O; both orthonormal,
+        float64. Beyond the rank of the sum there are zeros.
+    """
+    down_SD = torch.cat([expert["down_weight"] for expert, _ in experts]).double()
+    up_SO = torch.cat([weight * expert["up_weight"].double() for expert, weight in experts])
     basis_DS, left_SS = torch.linalg.qr(down_SD.T)
     basis_OS, right_SS = torch.linalg.qr(up_SO.T)
     u_SS, size_S, v_SS = torch.linalg.svd(left_SS @ right_SS.T, full_matrices=False)
-    rank = len(first["down_weight"])
-    size_R = size_S[:rank].sqrt()
-    down_DR, up_OR = basis_DS @ u_SS[:, :rank] * size_R, basis_OS @ v_SS[:rank].T * size_R
+    down_DR, up_OR, size_R = basis_DS @ u_SS[:, :rank], basis_OS @ v_SS[:rank].T, size_S[:rank]
     sign_R = down_DR.gather(0, down_DR.abs().argmax(dim=0, keepdim=True)).sign()
-    union = {"down_weight": (down_DR * sign_R).T, "up_weight": (up_OR * sign_R).T}
-    return {name: F.pad(tensor, (0, 0, 0, rank - len(tensor))).to(first[name].dtype) for name, tensor in union.items()}
+    missing = rank - len(size_R)
+    down_RD, up_RO = (F.pad((of_SR * sign_R).T, (0, 0, 0, missing)) for of_SR in (down_DR, up_OR))
+    return down_RD, F.pad(size_R, (0, missing)), up_RO
+
+
+def merged_start(tasks: Sequence[Sequence[Expert]], experts: int) -> list[Expert]:
+    """Merge the experts of several tasks into those that a new task starts from: the mean of the tasks' updates.
+
+    A task's update is the mean over its experts, as a router weighs them that has not learnt yet, and the mean over the new
+    experts is the best approximation of it that they have the rank for. Directions are dealt out in turns, so that no expert
+    has only weak ones. A row of `A` is as long as those of a fresh expert are on average, so that the same rate suits both.
+
+    Args:
+        tasks: per task its experts, without biases and all of one rank.
+        experts: how many to make.
+    """
+    like = tasks[0][0]
+    shares = [(expert, 1 / (len(tasks) * len(own))) for own in tasks for expert in own]
+    down_SD, size_S, up_SO = cut(shares, experts * len(like["down_weight"]))
+    length = 3**-0.5  # of rows drawn uniformly from -1 / sqrt(D) to 1 / sqrt(D)
+    down_SD, up_SO = down_SD * length, up_SO * size_S.unsqueeze(1) * (experts / length)
+    made = [{"down_weight": down_SD[k::experts], "up_weight": up_SO[k::experts]} for k in range(experts)]
+    return [{name: tensor.to(like[name].dtype) for name, tensor in expert.items()} for expert in made]
 
 
 def keep_used(first: Expert, second: Expert, share: float = 0.5) -> Expert:
