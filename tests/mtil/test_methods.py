@@ -36,6 +36,7 @@ NAMES = {
     "moe_adapters",
     "moe_lora_merge",
     "moe_lora_pool",
+    "moe_lora_warm",
     "o_lora",
     "lora_soup",
     "magmax",
@@ -104,11 +105,13 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_learning_rate(name, make):
     """Shared experts train at the stream's rate, LoRAs, pools and whole CLIPs at their own."""
-    settings = MethodSettings(full_lr=2e-5, lora_lr=3e-5, pool_lr=5e-5, inflora_lr=6e-5, coda_lr=7e-5, sema_lr=8e-5)
+    rates = {"full_lr": 2e-5, "lora_lr": 3e-5, "pool_lr": 5e-5, "inflora_lr": 6e-5, "coda_lr": 7e-5, "sema_lr": 8e-5}
+    settings = MethodSettings(**rates, warm_lr=9e-5)
     expected = dict.fromkeys(METHODS, 2e-5)
     expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot", "rail"), 4e-3)
     expected |= dict.fromkeys(("lora", "lora_per_task", "o_lora", "lora_soup", "magmax"), 3e-5) | {
         "moe_lora_pool": 5e-5,
+        "moe_lora_warm": 9e-5,
         "inflora": 6e-5,
         "coda_prompt": 7e-5,
         "sema": 8e-5,

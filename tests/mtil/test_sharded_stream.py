@@ -64,6 +64,7 @@ def outcome(folder):
     ("name", "settings"),
     {
         "moe_lora_pool": {"pool_r": 2, "max_experts": 5, "experts_per_task": 2},
+        "moe_lora_warm": {"pool_r": 2},
         "moe_lora_merge": {"num_experts": 8, "r": 2, "merge_every": 2},
         "moe_adapters": {"num_experts": 8, "r": 2},
         "lora_per_task": {"lora_r": 2},

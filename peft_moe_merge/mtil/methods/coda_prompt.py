@@ -31,7 +31,7 @@ class CodaSettings(Settings):
         5, "coda_prompt: first blocks of the vision tower that get prompts, all if there are fewer"
     )
     coda_weight: float = setting(0.0, "coda_prompt: of the loss that keeps components orthogonal; 0.1 in the paper")
-    coda_lr: float = setting(3.2e-1, "coda_prompt: peak learning rate")
+    coda_lr: float = setting(1.6e-1, "coda_prompt: peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()

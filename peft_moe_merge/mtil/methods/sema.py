@@ -31,7 +31,7 @@ class SemaSettings(Settings):
     sema_bottleneck: int = setting(32, "sema: hidden units of the autoencoder that describes an adapter's inputs")
     sema_threshold: float = setting(1.0, "sema: standard deviations above the usual error from which inputs are new")
     sema_always: int = setting(1, "sema: last blocks that grow with every task, new or not; 0 in the paper")
-    sema_lr: float = setting(2e-2, "sema: peak learning rate")
+    sema_lr: float = setting(2.5e-3, "sema: peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()
