@@ -81,6 +81,11 @@ class Progress:
     stored_bytes: int = 0
 
 
+def finished_file(checkpoint: Path, position: int) -> Path:
+    """Name the file in a checkpoint for weights that are finished with the task at a position."""
+    return checkpoint / FINISHED / f"task_{position + 1:04d}.safetensors"
+
+
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint of the latest task, if there is any.
 

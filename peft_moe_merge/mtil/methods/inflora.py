@@ -152,6 +152,10 @@ class InfLora(KeptLoras):
         super().save(folder)
         save_file(self._kept, folder / "subspaces.safetensors")
 
+    def save_so_far(self, folder: Path) -> None:
+        super().save_so_far(folder)
+        save_file(self._kept, folder / "subspaces.safetensors")
+
     def load(self, folder: Path) -> None:
         super().load(folder)
         self._kept = load_file(folder / "subspaces.safetensors")

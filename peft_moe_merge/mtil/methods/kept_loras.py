@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
+from ..checkpoint import FINISHED, finished_file
 from ..data.task import Task
 from .base import Method
 from .lora import TARGETS, LoraSettings, lora_config
@@ -95,13 +96,26 @@ class KeptLoras(Method):
 
     def save(self, folder: Path) -> None:
         factors = {}
-        for position, lora in enumerate(self.loras):
-            for layer, (down_RF, up_OR) in lora.items():
-                factors[f"{position}.{layer}.down"], factors[f"{position}.{layer}.up"] = down_RF, up_OR
+        for position in range(len(self.loras)):
+            factors |= {f"{position}.{name}": factor for name, factor in self._factors(position).items()}
         save_file(factors, folder / "loras.safetensors")
 
+    def save_so_far(self, folder: Path) -> None:
+        """Write the LoRAs that were not written before: none changes once its task has ended."""
+        (folder / FINISHED).mkdir(exist_ok=True)
+        for position in range(len(self.loras)):
+            if not (file := finished_file(folder, position)).exists():
+                save_file(self._factors(position), file)
+
     def load(self, folder: Path) -> None:
-        factors = load_file(folder / "loras.safetensors")
+        whole = folder / "loras.safetensors"
+        if whole.exists():  # in the last checkpoint, and in those of older releases
+            factors = load_file(whole)
+        else:
+            parts = [load_file(file) for file in sorted((folder / FINISHED).iterdir())]
+            factors = {
+                f"{position}.{name}": factor for position, own in enumerate(parts) for name, factor in own.items()
+            }
         count = len({name.partition(".")[0] for name in factors})
         self.loras = [
             {
@@ -111,3 +125,11 @@ class KeptLoras(Method):
             for position in range(count)
         ]
         self._change_weights(self.merged())
+
+    def _factors(self, position: int) -> dict[str, Tensor]:
+        both = self.loras[position].items()
+        return {
+            f"{layer}.{kind}": factor
+            for layer, lora in both
+            for kind, factor in zip(("down", "up"), lora, strict=True)
+        }

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_moe_merge.selection import NONE, FeatureSource
 
+from ..checkpoint import FINISHED, finished_file
 from ..data.task import Task
 from .base import Method
 from .lora import LoraSettings, lora_config
@@ -45,12 +48,15 @@ class LoraPerTask(Method):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.learnt.append(task.name)
-        name, config = self.adapter(task.name), lora_config(self.settings.lora_r, self.settings.use_rslora)
+        self._add_adapter(self.adapter(task.name))
+        self.set_task(task.name)
+
+    def _add_adapter(self, name: str) -> None:
+        config = lora_config(self.settings.lora_r, self.settings.use_rslora)
         if not isinstance(self.model, PeftModel):
             self.model = get_peft_model(self.model, config, adapter_name=name)
         else:
             self.model.add_adapter(name, config)
-        self.set_task(task.name)
 
     def prepare_evaluation(self, task: Task) -> None:
         self.set_task(task.name if task.name in self.learnt else None)
@@ -87,10 +93,22 @@ class LoraPerTask(Method):
         self.model.save_pretrained(folder)  # each adapter in a folder of its own
         (folder / "learnt.json").write_text(json.dumps(self.learnt))
 
+    def save_so_far(self, folder: Path) -> None:
+        """Write the LoRAs that were not written before: none changes once its task has ended."""
+        self.set_task(self.learnt[-1])
+        (folder / FINISHED).mkdir(exist_ok=True)
+        for position, task in enumerate(self.learnt):
+            if not (file := finished_file(folder, position)).exists():
+                save_file(get_peft_model_state_dict(self.model, adapter_name=self.adapter(task)), file)
+        (folder / "learnt.json").write_text(json.dumps(self.learnt))
+
     def load(self, folder: Path) -> None:
         self.learnt = json.loads((folder / "learnt.json").read_text())
-        first, *others = (self.adapter(task) for task in self.learnt)
-        self.model = PeftModel.from_pretrained(self.model, folder / first, adapter_name=first)
-        for name in others:
-            self.model.load_adapter(folder / name, name)
+        for position, name in enumerate(map(self.adapter, self.learnt)):
+            self._add_adapter(name)
+            file, part = folder / name / SAFETENSORS_WEIGHTS_NAME, finished_file(folder, position)
+            weights = load_file(
+                file if file.exists() else part
+            )  # whole in the last checkpoint, and in older releases'
+            set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self.current = self.learnt[0]

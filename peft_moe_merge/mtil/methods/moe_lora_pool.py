@@ -15,7 +15,7 @@ from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.optimizer import loraplus_groups
 from peft_moe_merge.tuners.moe_lora_merge.parts import comes_in_parts, load_parts, part_of
 
-from ..checkpoint import FINISHED
+from ..checkpoint import FINISHED, finished_file
 from ..data.task import Task
 from ..settings import check_at_least, check_choices, check_positive, setting
 from .lora import LowRankSettings
@@ -117,7 +117,7 @@ class MoELoraPool(RoutedByTask):
         self.model = load_parts(self.model, config, self._parts(folder))
 
     def _parts(self, folder: Path) -> list[Path]:
-        return [folder / FINISHED / f"task_{position + 1:04d}.safetensors" for position in range(len(self.learnt))]
+        return [finished_file(folder, position) for position in range(len(self.learnt))]
 
     def history(self) -> dict[str, Any]:
         # which experts a task takes is no news: all of its own
