@@ -22,13 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from peft_moe_merge.files import whole
 from peft_moe_merge.mtil.methods import METHODS
 from peft_moe_merge.mtil.report.tables import x_tail_rows
 from peft_moe_merge.mtil.results import METRICS, add_run, read_results
-from peft_moe_merge.report.plots import GREY, look
+from peft_moe_merge.report.plots import GREY, STYLE, look
 from peft_moe_merge.report.statistics import (
     equivalence,
     estimate,
@@ -76,14 +77,14 @@ def keep(results: dict[str, Any], folder: Path, seed: int) -> None:
 
 
 def kept_runs(folder: Path) -> dict[str, list[dict]]:
-    """Read what is kept: the runs of each method."""
+    """Read what is kept: the runs of each method, the one that ends best first."""
     found: dict[str, list[dict]] = {}
     for file in sorted(folder.glob("seed_*.json.gz")):
         for method, runs in read_results(file)["methods"].items():
             found.setdefault(method, []).extend(runs)
     if not found:
         raise SystemExit(f"There is no seed_*.json.gz in {str(folder)!r}: run without --only_show first.")
-    return found
+    return dict(sorted(found.items(), key=lambda item: -over_seeds(item[1], "last").mean))
 
 
 def tables(runs: dict[str, list[dict]], margin: float) -> Iterator[tuple[str, Rows, str]]:
@@ -149,19 +150,20 @@ def tables(runs: dict[str, list[dict]], margin: float) -> Iterator[tuple[str, Ro
 
 def scatter(runs: dict[str, list[dict]], path: Path) -> None:
     """Draw what each method keeps of what CLIP could do, Transfer, beside what it has learnt in the end, Last."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for position, (method, known) in enumerate(runs.items()):
-        across, up = (over_seeds(known, metric) for metric in ("transfer", "last"))
-        bars = {"xerr": across.half, "yerr": up.half, "elinewidth": 0.6, "capsize": 2}
-        axes.errorbar(across.mean, up.mean, linestyle="none", label=method, **look(position), **bars)
-    if "zero_shot" in runs:
-        axes.axvline(over_seeds(runs["zero_shot"], "transfer").mean, color=GREY, linewidth=0.6, linestyle=":")
-    axes.set_xlabel("Transfer, %")
-    axes.set_ylabel("Last, %")
-    figure.legend(loc="outside right center", frameon=False)
-    with whole(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        axes = figure.subplots()
+        for position, (method, known) in enumerate(runs.items()):
+            across, up = (over_seeds(known, metric) for metric in ("transfer", "last"))
+            bars = {"xerr": across.half, "yerr": up.half, "elinewidth": 0.6, "capsize": 2}
+            axes.errorbar(across.mean, up.mean, linestyle="none", label=method, **look(position), **bars)
+        if "zero_shot" in runs:
+            axes.axvline(over_seeds(runs["zero_shot"], "transfer").mean, color=GREY, linewidth=0.6, linestyle=":")
+        axes.set_xlabel("Transfer, %")
+        axes.set_ylabel("Last, %")
+        figure.legend(loc="outside right center", frameon=False)
+        with whole(path) as partial:
+            figure.savefig(partial, dpi=130, format="png")
 
 
 def main() -> None:
