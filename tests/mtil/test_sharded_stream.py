@@ -14,6 +14,7 @@ from processes import run_together
 from safetensors.torch import load_file
 from test_distributed import sharding_accelerator
 
+from peft_moe_merge.mtil import checkpoint
 from peft_moe_merge.mtil.clip import small_clip
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
@@ -54,9 +55,11 @@ def learn(way, name, folder, settings, stops=(2, None), crop_scale=0.9):
 
 def outcome(folder):
     (last,) = folder.glob("after_*")
-    progress = json.loads((last / "progress.json").read_text())
-    files = {path.name: load_file(path) for path in sorted(last.rglob("*.safetensors"))}
-    return progress, {f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+    progress, _ = checkpoint.load(folder, json.loads((last / "progress.json").read_text())["settings"])
+    files = {path.relative_to(last).as_posix(): load_file(path) for path in sorted(last.rglob("*.safetensors"))}
+    return vars(progress), {
+        f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()
+    }
 
 
 @pytest.mark.slow
