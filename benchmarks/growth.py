@@ -1,6 +1,7 @@
 """What each further task costs the expert pool: memory, the time of a training step, and the time to add the task.
 
     python benchmarks/growth.py --output runs/growth.json --figure runs/growth.png
+    python benchmarks/growth.py --expert_start merged  # new experts start from the union of old ones
     python benchmarks/growth.py --quick        # a few tasks, to see that it runs
 
 The mini CLIP, 32 images and the prompts of a mini task, two experts of rank 8 a task beside six linear layers of each block,
@@ -47,10 +48,11 @@ class Learner:
         model: the `PeftModel`.
     """
 
-    def __init__(self, batch: dict[str, Tensor], labels: Tensor):
+    def __init__(self, batch: dict[str, Tensor], labels: Tensor, expert_start: str):
         torch.manual_seed(0)
         clip, _ = load_clip(mini_clip_path())
-        config = MoELoraMergeConfig.pool(tasks=["task 1"], experts_per_task=EXPERTS, r=RANK, lora_alpha=float(RANK))
+        shape = {"experts_per_task": EXPERTS, "r": RANK, "lora_alpha": float(RANK)}
+        config = MoELoraMergeConfig.pool(tasks=["task 1"], **shape, expert_start=expert_start)
         self.model: PeftModel = get_peft_model(clip, config).train()
         self.callback = ExpertMergeCallback(None, EXPERTS)
         self.batch, self.labels = batch, labels
@@ -78,7 +80,7 @@ class Learner:
         self.callback.step(self.model, self.optimizer)
 
 
-def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, list[float]]:
+def measure(tasks: int, rounds: int, steps: int, batch_size: int, expert_start: str) -> dict[str, list[float]]:
     """Let a pool grow, and measure after each task.
 
     Args:
@@ -86,9 +88,10 @@ def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, l
         rounds: of the pool and its twin after each task.
         steps: of each in a round.
         batch_size: images a step.
+        expert_start: what the experts of a task that is added start from.
     """
     batch, labels = make_batch(batch_size, seed=0)
-    first, grown = Learner(batch, labels), Learner(batch, labels)
+    first, grown = Learner(batch, labels, expert_start), Learner(batch, labels, expert_start)
     measured: dict[str, list[float]] = {}
     for task in tqdm(range(1, tasks + 1), desc="tasks"):
         added = grown.add(f"task {task}") if task > 1 else None
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of the pool and of its twin in a round")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--expert_start", default="fresh", choices=["fresh", "merged"])
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--figure", type=Path, help="draw them as a PNG")
     parser.add_argument("--quick", action="store_true", help="4 tasks, 1 round of one step")
@@ -131,7 +135,7 @@ def main() -> None:
         if getattr(args, name) < least:
             parser.error(f"--{name} is to be at least {least}, got {getattr(args, name)}")
     torch.set_num_threads(1)
-    measured = measure(args.tasks, args.rounds, args.steps, args.batch_size)
+    measured = measure(args.tasks, args.rounds, args.steps, args.batch_size, args.expert_start)
 
     table = Table("tasks", "adapter, MB", "held, MB", "step, ms", "step, x one task", "adding, ms")
     for index in sorted({0, *range(9, args.tasks, 10), args.tasks - 1}):
