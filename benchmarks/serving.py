@@ -10,7 +10,7 @@ answer the same requests in turns, round by round:
 
 - plain: CLIP's processor, its image tower, and the classes of all tasks, encoded once;
 - known: the classifier, told the task of each image;
-- chosen: the classifier, whose selector (a discriminant of hidden states after the second block) chooses it.
+- chosen: the classifier, whose selector (a discriminant of hidden states after the second block, or that of `--depth`) chooses it.
 
 Printed are images a second, the median and the 99 % quantile of a request's time, and how many times plain CLIP's time the
 others take in the same round: by the clock, and by the processor's time, which others on the machine change least. The
@@ -59,7 +59,7 @@ def clip_of(model: str) -> tuple[CLIPModel, CLIPProcessor]:
     return clip.eval(), processor
 
 
-def contestants(model: str, device: str) -> dict[str, Answer]:
+def contestants(model: str, device: str, depth: int) -> dict[str, Answer]:
     """Name what is compared: each takes images and the names of their tasks, and returns labels."""
     plain, processor = clip_of(model)
     plain.to(device)
@@ -81,7 +81,7 @@ def contestants(model: str, device: str) -> dict[str, Answer]:
         for name, parameter in adapted.named_parameters():
             if "routers" in name:
                 parameter.normal_()
-    selector = DiscriminantSelector(Depths((2,)), shared=(1.0,), reject_rate=0)
+    selector = DiscriminantSelector(Depths((depth,)), shared=(1.0,), reject_rate=0)
     for name in TASKS:
         images = load_task(name, "train").shuffle(seed=0)[:PER_TASK]["image"]
         pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="in a round")
     parser.add_argument("--images", type=int, default=11, help="of a request")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--depth", type=int, default=2, help="the block whose tokens the selector looks at")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 2 requests of 3 images, by 1 and 2 threads")
@@ -178,7 +179,7 @@ def main() -> None:
     if args.quick:
         args.rounds, args.requests, args.images, args.threads = 2, 2, 3, [1, 2]
     torch.set_num_threads(1)
-    answers, requests = contestants(args.model, args.device), requests_of(args.requests, args.images)
+    answers, requests = contestants(args.model, args.device, args.depth), requests_of(args.requests, args.images)
     results = {"settings": {name: str(value) for name, value in vars(args).items()}}
     table = Table(
         "threads",
