@@ -46,7 +46,7 @@ class Unseen(METHODS["moe_lora_warm"]):
         """Let the experts for all others be the union of those of the first tasks, as if the stream had ended there."""
         for bank, routers in zip(self.model.expert_banks().values(), self.model.router_banks().values(), strict=True):
             own = routers.experts_of(len(self.learnt))
-            known = [routers.experts_of(task) for task in range(tasks)][-STARTS_FROM:]
+            known = list(map(routers.experts_of, range(tasks)[-STARTS_FROM:]))
             starts = merged_start([[bank.expert(expert) for expert in of_task] for of_task in known], len(own))
             for expert, start in zip(own, starts, strict=True):
                 for name, tensor in start.items():

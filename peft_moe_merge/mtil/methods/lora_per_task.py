@@ -106,9 +106,7 @@ class LoraPerTask(Method):
         self.learnt = json.loads((folder / "learnt.json").read_text())
         for position, name in enumerate(map(self.adapter, self.learnt)):
             self._add_adapter(name)
-            file, part = folder / name / SAFETENSORS_WEIGHTS_NAME, finished_file(folder, position)
-            weights = load_file(
-                file if file.exists() else part
-            )  # whole in the last checkpoint, and in older releases'
+            file = folder / name / SAFETENSORS_WEIGHTS_NAME  # in the last checkpoint, and in those of older releases
+            weights = load_file(file if file.exists() else finished_file(folder, position))
             set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self.current = self.learnt[0]

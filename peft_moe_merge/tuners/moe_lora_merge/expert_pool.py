@@ -71,7 +71,7 @@ class ExpertPool:
         """Let the experts of the task that was added last start from those of the tasks before it."""
         for layer in self.adapted_layers().values():
             bank, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
-            *earlier, own = [routers.experts_of(task) for task in range(len(routers.weight))][-1 - STARTS_FROM :]
+            *earlier, own = map(routers.experts_of, range(len(routers.weight))[-1 - STARTS_FROM :])
             if bank.frozen.is_meta:
                 continue
             starts = merged_start([[bank.expert(expert) for expert in known] for known in earlier], len(own))

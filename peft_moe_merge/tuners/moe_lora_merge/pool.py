@@ -261,7 +261,7 @@ def merged_start(tasks: Sequence[Sequence[Expert]], experts: int) -> list[Expert
     length = 3**-0.5  # of rows drawn uniformly from -1 / sqrt(D) to 1 / sqrt(D)
     down_SD, up_SO = down_SD * length, up_SO * size_S.unsqueeze(1) * (experts / length)
     made = [{"down_weight": down_SD[k::experts], "up_weight": up_SO[k::experts]} for k in range(experts)]
-    return [{name: tensor.to(like[name].dtype) for name, tensor in expert.items()} for expert in made]
+    return [{name: tensor.to(like[name].dtype).contiguous() for name, tensor in expert.items()} for expert in made]
 
 
 def keep_used(first: Expert, second: Expert, share: float = 0.5) -> Expert:
