@@ -11,7 +11,6 @@ both Transfers and what Average would be, run by run and their difference. The r
 import argparse
 import json
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +23,7 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.metrics.mtil import stream_metrics
 from peft_moe_merge.mtil.stream import Stream, StreamSettings
 from peft_moe_merge.report.statistics import estimate
 from peft_moe_merge.report.tables import difference, spread
@@ -74,16 +74,10 @@ def measure(folder: Path, suite: str, model: str) -> dict[str, float]:
         for later in range(learnt, len(tasks)):
             matrix[learnt - 1][later] = stream.accuracy(method, tasks[later])
     return {
-        f"{metric}, {how}": value
+        f"{metric}, {how}": stream_metrics(of)[metric.lower()]
         for how, of in (("plain CLIP", results), ("merged", matrix))
-        for metric, value in (("Transfer", transfer(of)), ("Average", fmean(map(fmean, of))))
+        for metric in ("Transfer", "Average")
     }
-
-
-def transfer(matrix: list[list[float]]) -> float:
-    """Mean over tasks of the mean accuracy before a task is learnt, as everywhere else."""
-    columns = list(zip(*matrix, strict=True))
-    return fmean(fmean(columns[task][:task]) for task in range(1, len(columns)))
 
 
 def main() -> None:

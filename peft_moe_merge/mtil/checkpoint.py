@@ -20,6 +20,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from peft_moe_merge.files import drop, file_sum, link_or_copy, whole
 
 from .fingerprint import PROCESSES, differences_but_processes
@@ -84,6 +87,14 @@ class Progress:
 def finished_file(checkpoint: Path, position: int) -> Path:
     """Name the file in a checkpoint for weights that are finished with the task at a position."""
     return checkpoint / FINISHED / f"task_{position + 1:04d}.safetensors"
+
+
+def write_finished(checkpoint: Path, tasks: int, weights_of: Callable[[int], dict[str, Tensor]]) -> None:
+    """Write the finished weights of each task, asked for by position, that the checkpoint before did not bring along."""
+    (checkpoint / FINISHED).mkdir(exist_ok=True)
+    for position in range(tasks):
+        if not (file := finished_file(checkpoint, position)).exists():
+            save_file(weights_of(position), file)
 
 
 def newest(folder: Path) -> Path | None:

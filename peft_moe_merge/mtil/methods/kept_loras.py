@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from ..checkpoint import FINISHED, finished_file
+from ..checkpoint import FINISHED, write_finished
 from ..data.task import Task
 from .base import Method
 from .lora import TARGETS, LoraSettings, lora_config
@@ -102,10 +102,7 @@ class KeptLoras(Method):
 
     def save_so_far(self, folder: Path) -> None:
         """Write the LoRAs that were not written before: none changes once its task has ended."""
-        (folder / FINISHED).mkdir(exist_ok=True)
-        for position in range(len(self.loras)):
-            if not (file := finished_file(folder, position)).exists():
-                save_file(self._factors(position), file)
+        write_finished(folder, len(self.loras), self._factors)
 
     def load(self, folder: Path) -> None:
         whole = folder / "loras.safetensors"

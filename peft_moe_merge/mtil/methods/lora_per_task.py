@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_moe_merge.selection import NONE, FeatureSource
 
-from ..checkpoint import FINISHED, finished_file
+from ..checkpoint import finished_file, write_finished
 from ..data.task import Task
 from .base import Method
 from .lora import LoraSettings, lora_config
@@ -96,10 +96,12 @@ class LoraPerTask(Method):
     def save_so_far(self, folder: Path) -> None:
         """Write the LoRAs that were not written before: none changes once its task has ended."""
         self.set_task(self.learnt[-1])
-        (folder / FINISHED).mkdir(exist_ok=True)
-        for position, task in enumerate(self.learnt):
-            if not (file := finished_file(folder, position)).exists():
-                save_file(get_peft_model_state_dict(self.model, adapter_name=self.adapter(task)), file)
+        adapters = list(map(self.adapter, self.learnt))
+        write_finished(
+            folder,
+            len(adapters),
+            lambda position: get_peft_model_state_dict(self.model, adapter_name=adapters[position]),
+        )
         (folder / "learnt.json").write_text(json.dumps(self.learnt))
 
     def load(self, folder: Path) -> None:

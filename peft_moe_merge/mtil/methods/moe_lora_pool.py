@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ExpertMergeCallback, MoELoraMergeConfig
 from peft_moe_merge.tuners.moe_lora_merge.optimizer import loraplus_groups
 from peft_moe_merge.tuners.moe_lora_merge.parts import comes_in_parts, load_parts, part_of
 
-from ..checkpoint import FINISHED, finished_file
+from ..checkpoint import finished_file, write_finished
 from ..data.task import Task
 from ..settings import check_at_least, check_choices, check_positive, setting
 from .lora import LowRankSettings
@@ -101,10 +100,9 @@ class MoELoraPool(RoutedByTask):
         if not comes_in_parts(config):
             self.save(folder)
             return
-        (folder / FINISHED).mkdir(exist_ok=True)
-        for task, file in zip(self.learnt, self._parts(folder), strict=True):
-            if not file.exists():
-                save_file(part_of(self.model.base_model, task), file)
+        write_finished(
+            folder, len(self.learnt), lambda position: part_of(self.model.base_model, self.learnt[position])
+        )
         config.save_pretrained(folder / UNFINISHED)
 
     def load(self, folder: Path) -> None:
@@ -114,10 +112,8 @@ class MoELoraPool(RoutedByTask):
             return
         config = MoELoraMergeConfig.from_pretrained(folder / UNFINISHED)
         self.learnt = list(config.tasks)
-        self.model = load_parts(self.model, config, self._parts(folder))
-
-    def _parts(self, folder: Path) -> list[Path]:
-        return [finished_file(folder, position) for position in range(len(self.learnt))]
+        files = [finished_file(folder, position) for position in range(len(self.learnt))]
+        self.model = load_parts(self.model, config, files)
 
     def history(self) -> dict[str, Any]:
         # which experts a task takes is no news: all of its own
