@@ -12,7 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
@@ -28,7 +27,6 @@ from peft_moe_merge.mtil.stream import Stream, StreamSettings
 from peft_moe_merge.report.statistics import estimate
 from peft_moe_merge.report.tables import difference, spread
 from peft_moe_merge.tuners.moe_lora_merge.expert_pool import STARTS_FROM
-from peft_moe_merge.tuners.moe_lora_merge.pool import merged_start
 
 OTHERS = "all others"
 
@@ -40,17 +38,6 @@ class Unseen(METHODS["moe_lora_warm"]):
 
     def prepare_evaluation(self, task):
         self.set_task(OTHERS)
-
-    @torch.no_grad()
-    def merge_first(self, tasks: int) -> None:
-        """Let the experts for all others be the union of those of the first tasks, as if the stream had ended there."""
-        for bank, routers in zip(self.model.expert_banks().values(), self.model.router_banks().values(), strict=True):
-            own = routers.experts_of(len(self.learnt))
-            known = list(map(routers.experts_of, range(tasks)[-STARTS_FROM:]))
-            starts = merged_start([[bank.expert(expert) for expert in of_task] for of_task in known], len(own))
-            for expert, start in zip(own, starts, strict=True):
-                for name, tensor in start.items():
-                    getattr(bank, name)[expert].copy_(tensor)
 
 
 def measure(folder: Path, suite: str, model: str) -> dict[str, float]:
@@ -70,7 +57,7 @@ def measure(folder: Path, suite: str, model: str) -> dict[str, float]:
     method.model.add_task(OTHERS)
     matrix = [list(row) for row in results]
     for learnt in range(1, len(tasks)):
-        method.merge_first(learnt)
+        method.model.start_merged(OTHERS, method.learnt[:learnt][-STARTS_FROM:])
         for later in range(learnt, len(tasks)):
             matrix[learnt - 1][later] = stream.accuracy(method, tasks[later])
     return {

@@ -105,7 +105,7 @@ def test_a_task_that_has_trained_leaves_its_own_objects_behind_and_no_others():
     """In each of two layers five parameters, the experts' and the router's, its columns as a buffer and as a list."""
     model, callback = pool_of(3)
     counts = []
-    for task in range(3, 24):
+    for task in range(3, 26):
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
         for _ in range(2):
             model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
@@ -116,7 +116,8 @@ def test_a_task_that_has_trained_leaves_its_own_objects_behind_and_no_others():
         del optimizer
         gc.collect()
         counts.append(len(gc.get_objects()))
-    assert counts[-1] - counts[-11] == 10 * 2 * (5 + 1 + 1)
+    # what others in the process make once, in a cache, is not there twice
+    assert min(counts[-1] - counts[-11], counts[-11] - counts[-21]) == 10 * 2 * (5 + 1 + 1)
 
 
 def test_adding_a_task_touches_nothing_of_old_ones():

@@ -106,3 +106,47 @@ def test_what_cannot_be_merged_is_refused_and_the_advice_helps():
     helped = {"task_experts": "reserved", "expert_activation": "identity"}
     assert MoELoraMergeConfig(expert_start="merged", **helped).expert_start == "merged"
     assert MoELoraMergeConfig.pool(expert_start="fresh", expert_activation="gelu", merge_strategy="average")
+
+
+def test_a_task_can_start_anew_from_tasks_of_ones_choice():
+    model = net_pool(["a", "b", "c"])
+    model.set_task("c")
+    before = all_tensors(model)
+    model.start_merged(earlier=["b"])
+    for block, (D, O) in WIDTHS.items():  # noqa: E741
+        expected = best_of_rank(update_of(model, block, "b"), min(6, D, O))
+        torch.testing.assert_close(update_of(model, block, "c"), expected, rtol=1e-10, atol=1e-10)
+    others = {name for name in before if not any(f".{expert}" == name[-2:] for expert in (4, 5))}
+    assert same_tensors({name: all_tensors(model)[name] for name in others}, {name: before[name] for name in others})
+    model.start_merged("c")
+    for block, (D, O) in WIDTHS.items():  # noqa: E741
+        mean = (update_of(model, block, "a") + update_of(model, block, "b")) / 2
+        expected = best_of_rank(mean, min(6, D, O))
+        torch.testing.assert_close(update_of(model, block, "c"), expected, rtol=1e-10, atol=1e-10)
+    started = all_tensors(model)
+    model.start_merged("a")  # before which there is none
+    assert same_tensors(all_tensors(model), started)
+
+
+def test_a_start_that_would_cost_a_task_what_it_knows_is_refused_and_the_advice_helps():
+    model = net_pool(["a", "b"])
+    with pytest.raises(ValueError, match="'b' can't start from itself: .*got \\['a', 'b'\\]"):
+        model.start_merged("b", earlier=["a", "b"])
+    with pytest.raises(ValueError, match="'nowhere'"):
+        model.start_merged("b", earlier=["nowhere"])
+    before = all_tensors(model)
+    model.expert_banks()["second"].frozen[3] = True
+    with pytest.raises(
+        ValueError, match="'b' can't start anew: in second some are frozen.*Add a new task by `add_task`"
+    ):
+        model.start_merged("b")
+    now = all_tensors(model)
+    assert same_tensors(*({name: of[name] for name in of if "frozen" not in name} for of in (now, before)))
+    model.add_task("c")
+    model.start_merged("c")
+    torch.testing.assert_close(
+        update_of(model, "second", "c"), (update_of(model, "second", "a") + update_of(model, "second", "b")) / 2
+    )
+    shared = clip_pool(["a"], task_experts="shared", num_experts=4, merge_routing="keep", merge_at="steps")
+    with pytest.raises(ValueError, match="task_experts='shared'.*`MoELoraMergeConfig.pool\\(\\)`"):
+        shared.start_merged()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -66,16 +68,52 @@ class ExpertPool:
         used, usage_E = list(set(range(len(bank))) - routers.columns.free), routers.total_usage()
         self._unite(bank, routers, choose_room(used, usage_E, bank.expert, self._config.merge_pair), usage_E)
 
+    def start_merged(self, task: str | None = None, earlier: Sequence[str] | None = None) -> None:
+        """Let a task's experts begin anew, from the mean of what other tasks' experts add, see `pool.merged_start`.
+
+        `add_task` does so by itself where `expert_start` is "merged". An optimizer made before keeps its momentum. With
+        several processes all of them must call.
+
+        Args:
+            task: whose experts; the current task's by default.
+            earlier: the tasks that they begin from; by default the latest ones before it, `STARTS_FROM` at most. Where there
+                are none, the experts stay as they are.
+
+        Raises:
+            ValueError: there is no such task; it would begin from itself, or has experts that are frozen or also another
+                task's; experts are shared or not linear.
+        """
+        config, index = self._config, self._task_index(task)
+        if config.task_experts != "reserved" or config.expert_activation != "identity":
+            raise ValueError(
+                f"Experts can't start from others where task_experts={config.task_experts!r} and expert_activation="
+                f"{config.expert_activation!r}: use 'reserved' and 'identity', as `MoELoraMergeConfig.pool()` does."
+            )
+        from_tasks = None if earlier is None else [config.task_index(other) for other in earlier]
+        name, rest = config.tasks[index], [at for at in range(len(config.tasks)) if at != index]
+        if from_tasks is not None and index in from_tasks:
+            raise ValueError(f"Task {name!r} can't start from itself: name other tasks in `earlier`, got {earlier}.")
+        routers = self.router_banks()
+        for block, bank in self.expert_banks().items():
+            own = routers[block].experts_of(index)
+            others = {expert for at in rest for expert in routers[block].experts_of(at)}
+            if not others.isdisjoint(own) or (not bank.frozen.is_meta and bank.frozen[own].any()):
+                raise ValueError(
+                    f"The experts of task {name!r} can't start anew: in {block} some are frozen, or another task's too. "
+                    "Add a new task by `add_task`, which gets experts of its own, and start those."
+                )
+        self._start_from(index, from_tasks)
+
     @torch.no_grad()
-    def _start_merged(self) -> None:
-        """Let the experts of the task that was added last start from those of the tasks before it."""
-        for layer in self.adapted_layers().values():
-            bank, routers = layer.moe_lora_experts[self._adapter], layer.moe_lora_routers[self._adapter]
-            *earlier, own = map(routers.experts_of, range(len(routers.weight))[-1 - STARTS_FROM :])
-            if bank.frozen.is_meta:
-                continue
-            starts = merged_start([[bank.expert(expert) for expert in known] for known in earlier], len(own))
-            for expert, start in zip(own, starts, strict=True):
+    def _start_from(self, index: int, from_tasks: Sequence[int] | None = None) -> None:
+        """Set a task's experts to what merges from those of other tasks, by default the latest before it, if there are any."""
+        from_tasks = range(index)[-STARTS_FROM:] if from_tasks is None else from_tasks
+        for bank, routers in zip(self.expert_banks().values(), self.router_banks().values(), strict=True):
+            if not from_tasks or bank.frozen.is_meta:
+                return
+            own = list(dict.fromkeys(routers.experts_of(index)))  # two columns of a router may lead to one expert
+            known = [[bank.expert(expert) for expert in routers.experts_of(task)] for task in from_tasks]
+            for expert, start in zip(own, merged_start(known, len(own)), strict=True):
                 for name, tensor in start.items():
                     as_in_first_process(tensor)
                     overwrite(getattr(bank, name)[expert], tensor)

@@ -135,9 +135,9 @@ class ExpertBank(nn.Module):
             moved_E[expert] = displacement(self.expert(expert), self.landmark[expert])
         return moved_E
 
-    def how(self, scaling: float, dropout: float) -> How:
+    def how(self, scaling: float, dropout: float, in_place: bool = False) -> How:
         """Say what is done beside multiplying."""
-        return How(self.activation, scaling, dropout)
+        return How(self.activation, scaling, dropout, in_place)
 
     @property
     def banks(self) -> list[nn.ParameterList]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from .config import MoELoraMergeConfig
 from .context import (
@@ -313,9 +314,15 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
                 )
                 context.record.losses.append(loss)
 
+    def _owns_output(self) -> bool:
+        """Say whether nobody but the call has the base layer's output: it is fresh, no hook saw it, and no gradient needs it."""
+        base = self.base_layer
+        replaced = base._forward_hooks or nn_module._global_forward_hooks or "forward" in vars(base)
+        return not torch.is_grad_enabled() and type(base) is nn.Linear and not replaced
+
     def _add_experts(self, adapter_name: str, choice: Choice | FixedChoice, result: Tensor) -> Tensor:
         experts, config = self.moe_lora_experts[adapter_name], self.adapters.configs[adapter_name]
-        how: How = experts.how(config.scaling, config.lora_dropout if self.training else 0.0)
+        how: How = experts.how(config.scaling, config.lora_dropout if self.training else 0.0, self._owns_output())
         if isinstance(choice, FixedChoice):
             x = self._cast_input_dtype(choice.x, experts.dtype)
             return add_fixed_mixture(result, x, choice.gates, experts.joined(choice.experts), how)

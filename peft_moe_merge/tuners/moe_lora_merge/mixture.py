@@ -53,11 +53,13 @@ class How(NamedTuple):
         activation: of the hidden units; None for none.
         scaling: `s`, `lora_alpha / r`.
         dropout: probability of dropping a hidden unit; 0 outside training.
+        in_place: what the mixture is added to may be overwritten: nobody else has it.
     """
 
     activation: Activation | None = F.relu
     scaling: float = 1.0
     dropout: float = 0.0
+    in_place: bool = False
 
     def hidden(self, x: Tensor) -> Tensor:
         """Apply activation and dropout to hidden units."""
@@ -217,7 +219,8 @@ def add_fixed_mixture(y: Tensor, x: Tensor, gates: Tensor | None, experts: Exper
     up_HO = up_HO.to(hidden.dtype)
     flat, added = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, H)
     if flat.dtype == added.dtype:
-        y = torch.addmm(flat, added, up_HO, alpha=how.scaling).view(y.shape)
+        add = flat.addmm_ if how.in_place else flat.addmm  # which copies first
+        y = add(added, up_HO, alpha=how.scaling).view(y.shape)
     else:
         y = y + (added @ up_HO * how.scaling).reshape(y.shape).to(y.dtype)
     if experts.up_bias is not None:
@@ -271,7 +274,8 @@ def mixture(
     if experts.down_bias is None:
         hidden_BLH = how.hidden(torch.bmm(x_BLD, down_GHD.transpose(1, 2))) * weights_GH.unsqueeze(1)
         if onto_BLO is not None and onto_BLO.dtype == hidden_BLH.dtype == up_GHO.dtype:
-            return torch.baddbmm(onto_BLO, hidden_BLH, up_GHO)  # one pass over memory less than to add afterwards
+            add = onto_BLO.baddbmm_ if how.in_place else onto_BLO.baddbmm  # less to write than a sum afterwards
+            return add(hidden_BLH, up_GHO)
         return plus(onto_BLO, torch.bmm(hidden_BLH, up_GHO))
     out_bias_GO = (weights_GK.unsqueeze(-1) * experts.up_bias.reshape(G, K, O)).sum(dim=1)
     bias_GH = experts.down_bias.reshape(G, K * R)

@@ -301,9 +301,10 @@ class MoELoraMergeModel(ExpertPool, RouterTraining, BaseTuner):
             changed["router_widths"] = [*widths, len(next(iter(allotted.values())))]
             changed["pool_size"] = routers.num_experts if self._config.num_experts == "grow" else None
         self._change_config(**changed)
+        index = self._config.task_index(task)
         if self._config.expert_start == "merged":
-            self._start_merged()
-        self._train_what_may_train(None if made_room else [len(changed["tasks"]) - 1])
+            self._start_from(index)
+        self._train_what_may_train(None if made_room else [index])
 
     # ---------------------------------------------------------------------------------------------- choosing the task
 
