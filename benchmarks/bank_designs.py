@@ -13,7 +13,8 @@ plain, written here; the arithmetic of both is the same, and so are outputs and 
 
 Measured, in turns within each round: forward and backward pass, optimizer step (fused or foreach), both by the processor's time;
 the parameters and bytes of the optimizer's state; how many experts that nobody chose in a step moved in it; graphs that
-`torch.compile` makes of a step of training; adding experts for one more task; and, in two processes over gloo, a DDP step.
+`torch.compile` makes of a step of training; adding experts for one more task; and, in two processes over gloo, a DDP step and one under FSDP2,
+each block sharded, with the same experts chosen in both.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import socket
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from rounds import ratios, take_turns, write_json
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 DESIGNS = ("apart", "stacked", "kept")
@@ -192,32 +195,39 @@ def graphs(design: str, experts: int, width: int, batch: tuple[Tensor, Tensor]) 
     return torch._dynamo.explain(Blocks(design, experts, width))(*batch).graph_count
 
 
-def ddp_worker(rank: int, port: int, design: str, experts: int, width: int, results: Any) -> None:
+def parallel_worker(rank: int, port: int, how: str, design: str, size: tuple[int, int], results: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = Blocks(design, experts, width)
-    # experts that a process has not chosen have no gradient there, which DDP has to be told to look for
-    wrapped = DistributedDataParallel(model, find_unused_parameters=design == "apart")
+    model = Blocks(design, *size)
+    if how == "ddp":
+        # experts that a process has not chosen have no gradient there, which DDP has to be told to look for
+        called = DistributedDataParallel(model, find_unused_parameters=design == "apart")
+    else:
+        for block in model.blocks:
+            fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+        called = model
     seconds = []
     for step in range(6):
-        batch = batch_of(experts, width, 8, seed=10 * step + rank)
+        # sharded, both processes take the same experts: FSDP2 waits for gradients that are in one of them alone
+        batch = batch_of(*size, 8, seed=10 * step + (rank if how == "ddp" else 0))
         began = time.process_time()
-        wrapped(*batch).square().mean().backward()
+        called(*batch).square().mean().backward()
         seconds.append(time.process_time() - began)
         model.zero_grad()
     if rank == 0:
         results.put(statistics.median(seconds[1:]))
+    dist.barrier()  # gloo's threads of one process still work for the other
     dist.destroy_process_group()
 
 
-def ddp_seconds(design: str, experts: int, width: int) -> float:
-    """Measure the passes of a DDP step in the first of two processes."""
+def parallel_seconds(how: str, design: str, size: tuple[int, int]) -> float:
+    """Measure the passes of a DDP or FSDP2 step in the first of two processes; `size` is experts and width."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(ddp_worker, (port, design, experts, width, results), nprocs=2)
+    mp.spawn(parallel_worker, (port, how, design, size, results), nprocs=2)
     return results.get()
 
 
@@ -230,7 +240,9 @@ def adding(design: str, experts: int, width: int) -> float:
     return time.process_time() - began
 
 
-def compare(experts: int, width: int, batch_size: int, rounds: int, ddp: bool) -> dict[str, dict[str, float]]:
+def compare(
+    experts: int, width: int, batch_size: int, rounds: int, parallel: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Measure all designs with both optimizers."""
     rows: dict[str, dict[str, float]] = {}
     for kind in ("fused", "foreach"):
@@ -253,7 +265,7 @@ def compare(experts: int, width: int, batch_size: int, rounds: int, ddp: bool) -
         rows[f"{design}, fused"] |= {
             "graphs": graphs(design, experts, width, batch),
             "adding": 1e3 * min(adding(design, experts, width) for _ in range(3)),
-            **({"ddp": 1e3 * ddp_seconds(design, experts, width)} if ddp else {}),
+            **{how: 1e3 * parallel_seconds(how, design, (experts, width)) for how in parallel},
         }
     return rows
 
@@ -264,15 +276,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--parallel", nargs="*", choices=("ddp", "fsdp"), default=["ddp", "fsdp"], help="two processes"
+    )
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--quick", action="store_true", help="8 experts of width 32, 2 rounds, one process")
     args = parser.parse_args()
     if args.quick:
-        args.experts, args.width, args.batch_size, args.rounds = [8], 32, 4, 2
+        args.experts, args.width, args.batch_size, args.rounds, args.parallel = [8], 32, 4, 2, []
     torch.set_num_threads(1)
     results = {}
     for experts in args.experts:
-        results[str(experts)] = rows = compare(experts, args.width, args.batch_size, args.rounds, ddp=not args.quick)
+        results[str(experts)] = rows = compare(experts, args.width, args.batch_size, args.rounds, args.parallel)
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
         table = Table(f"{experts} experts", *names)
         for design, row in rows.items():
