@@ -5,8 +5,8 @@ a task comes from the seed and its position, so nothing else needs keeping: a ta
 the same result. Nothing in it is of one process or another, so that any number of them can go on. Nothing else that is in the
 folder is looked at or touched.
 
-What is over is written once: each task's results in `results_<n>.json`, and in `finished` the weights that a method will not
-change any more. The next checkpoint has the same files, by a second name of each (a hard link), and `progress.json` their checksums.
+What is over is written once: each task's results in `results_<n>.json`, in `finished` the weights that a method will not
+change any more, and what selectors keep of a task. The next checkpoint has the same files, by a second name of each (a hard link), and `progress.json` their checksums.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FINISHED = "finished"
 RESULTS = "results_*.json"
 """The files in a checkpoint with what came of each task."""
 
-WRITTEN = (RESULTS, f"{FINISHED}/*")
+WRITTEN = (RESULTS, f"{FINISHED}/*", f"{SELECTORS}/*/task_*.safetensors")
 """What is written once."""
 
 PER_TASK = ("matrix", "losses", "history", "selection", "x_tail")
@@ -146,7 +146,8 @@ def save(
         partial.mkdir(parents=True)
         sums = _carry_over(max(before, key=_tasks, default=None), partial, WRITTEN if goes_on else (RESULTS,))
         write_weights(partial)
-        progress.stored_bytes = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
+        weights = (path for path in partial.rglob("*.safetensors") if partial / SELECTORS not in path.parents)
+        progress.stored_bytes = sum(path.stat().st_size for path in weights)
         if write_selectors is not None:
             write_selectors(partial / SELECTORS)
         told = {name: value for name, value in vars(progress).items() if name not in PER_TASK}
@@ -178,7 +179,7 @@ def _carry_over(before: Path | None, partial: Path, kinds: tuple[str, ...]) -> d
     known, sums = json.loads((before / PROGRESS).read_text()).get(WRITTEN_ONCE, {}), {}
     for file in _written_once(before, kinds):
         if file in known:
-            (partial / file).parent.mkdir(exist_ok=True)
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(before / file, partial / file)
             sums[file] = known[file]
     return sums

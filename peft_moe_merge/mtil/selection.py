@@ -146,10 +146,10 @@ class StreamSelectors:
         self.settings = settings
         self.selectors = settings.build()
 
-    def save(self, folder: Path) -> None:
-        """Write all selectors, each into a folder of its name."""
+    def save(self, folder: Path, in_parts: bool = False) -> None:
+        """Write all selectors, each into a folder of its name, see `save_selector`."""
         for name, selector in self.selectors.items():
-            save_selector(selector, folder / name)
+            save_selector(selector, folder / name, in_parts=in_parts)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,7 +203,8 @@ class Stream:
                 if self.accelerator.is_main_process:
                     goes_on = position + 1 < len(self.tasks)
                     write = method.save_so_far if goes_on else method.save
-                    checkpoint.save(output_dir, progress, write, selectors.save if selectors else None, goes_on)
+                    write_selectors = partial(selectors.save, in_parts=goes_on) if selectors else None
+                    checkpoint.save(output_dir, progress, write, write_selectors, goes_on)
                 self.accelerator.wait_for_everyone()
         return progress
 

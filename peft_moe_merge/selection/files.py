@@ -34,13 +34,32 @@ CONFIG = "selector.json"
 FORMAT_VERSION = 1
 
 
-def save_selector(selector: Selector, folder: str | Path) -> None:
-    """Write a selector; the JSON file comes last, and each file appears whole or not at all."""
+def part_file(position: int) -> str:
+    """Name the file for what is kept of the task at a position, where selectors are written in parts."""
+    return f"task_{position + 1:04d}.safetensors"
+
+
+def save_selector(selector: Selector, folder: str | Path, *, in_parts: bool = False) -> None:
+    """Write a selector; the JSON file comes last, and each file appears whole or not at all.
+
+    Args:
+        selector: to be written.
+        folder: where; it is made if it is missing.
+        in_parts: what is kept of a task, all but its threshold, gets a file of its own, see `part_file`. A part that the
+            folder holds already is not written anew: nothing in it changes once the next task is fitted.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"shared.{name}": tensor.contiguous() for name, tensor in selector.shared.items()}
     for position, own in enumerate(selector.own):
-        tensors |= {f"tasks.{position}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        of_task = {f"tasks.{position}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        if in_parts:
+            tensors |= {f"tasks.{position}.threshold": of_task.pop(f"tasks.{position}.threshold")}
+            if not (part := folder / part_file(position)).exists():
+                with whole(part) as partial:
+                    save_file(of_task, partial)
+        else:
+            tensors |= of_task
     described = {
         "format_version": FORMAT_VERSION,
         "kind": selector.kind,
@@ -48,6 +67,7 @@ def save_selector(selector: Selector, folder: str | Path) -> None:
         "width": selector.width,
         "source": selector.source.to_dict(),
         "options": selector.options(),
+        **({"in_parts": True} if in_parts else {}),
     }
     with whole(folder / WEIGHTS) as partial:
         save_file(tensors, partial)
@@ -78,6 +98,8 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
     check_seal(described, config)
     check_weights_sum(described, config, weights)
     tensors = read_tensors(weights)
+    for position in range(len(described["tasks"]) if described.get("in_parts") else 0):
+        tensors |= read_tensors(Path(_file(folder, subfolder, part_file(position), hub)))
     if described.get("kind") not in SELECTORS:
         raise ValueError(
             f"Unknown selector {described.get('kind')!r} in {str(config)!r}; there are {list(SELECTORS)}."

@@ -15,6 +15,7 @@ from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
+from peft_moe_merge.mtil.selection import SelectorSettings
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 
 TASKS = 5
@@ -27,7 +28,7 @@ def tasks_of(count=TASKS):
     return [replace(few, name=f"task {number}") for number in range(count)]
 
 
-def learn(folder, tasks, stop_after=None, method="moe_lora_pool", **settings):
+def learn(folder, tasks, stop_after=None, method="moe_lora_pool", selectors=(), **settings):
     return run_stream(
         tasks,
         lambda: METHODS[method](*load_clip(mini_clip_path()), MethodSettings(pool_r=2, **settings)),
@@ -36,6 +37,7 @@ def learn(folder, tasks, stop_after=None, method="moe_lora_pool", **settings):
         Accelerator(cpu=True),
         resume=True,
         stop_after=stop_after,
+        selection=SelectorSettings(selectors=list(selectors), reject_rate=0.2),
     )
 
 
@@ -166,6 +168,33 @@ def test_loras_are_written_once_too(tmp_path, method):
         written.append(sum(path.stat().st_ino not in before for path in parts))
     assert written == [1, 1, 0]
     learn(tmp_path / "straight", tasks, None, method, lora_r=2)
+    assert_same(tmp_path / "straight", tmp_path / "stops")
+
+
+def test_what_selectors_keep_of_a_task_is_written_once_too(tmp_path):
+    tasks, written, kinds = tasks_of(4), [], ["discriminant", "gaussian"]
+    for count in range(1, 5):
+        before = {path.stat().st_ino for path in files_of(tmp_path / "stops").values()}
+        progress = learn(tmp_path / "stops", tasks, count, selectors=kinds)
+        now = {n: p for n, p in files_of(tmp_path / "stops").items() if "/selectors/" in n}
+        new = [n for n, p in now.items() if p.stat().st_ino not in before]
+        written.append(sum(now[n].stat().st_size for n in new if "/discriminant/" in n))
+        parts = sorted(n.partition("/")[2] for n in new if "/task_" in n)
+        assert parts == [f"selectors/{kind}/task_000{count}.safetensors" for kind in kinds if count < 4]
+        assert "in_parts" not in progress.settings
+        if count == 2:
+            part = now[f"after_2/selectors/{kinds[0]}/task_0001.safetensors"]
+            content = part.read_bytes()
+            part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(
+                ValueError, match="task_0001.safetensors' does not have the checksum.*Put the file back"
+            ):
+                learn(tmp_path / "stops", tasks, selectors=kinds)
+            part.write_bytes(content)  # as advised
+    assert max(written[:3]) - min(written[:3]) < 1000 and min(written[:3]) > 10_000
+    assert not [n for n in now if "/task_" in n], "the last one is whole, for who takes a selector from it"
+    straight = learn(tmp_path / "straight", tasks, selectors=kinds)
+    assert straight.stored_bytes == progress.stored_bytes
     assert_same(tmp_path / "straight", tmp_path / "stops")
 
 

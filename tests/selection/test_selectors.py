@@ -308,6 +308,25 @@ def test_save_load_and_go_on(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_in_parts_only_what_is_new_is_written(kind, tmp_path):
+    selector = make(kind, reject_rate=0.2)
+    for task in range(3):
+        parts = {path: path.read_bytes() for path in tmp_path.glob("task_*")}
+        written = {path: path.stat().st_mtime_ns for path in parts}
+        selector.fit(f"task {task}", [task_data(task)], texts(task))
+        save_selector(selector, tmp_path, in_parts=True)
+        assert len(list(tmp_path.glob("task_*.safetensors"))) == task + 1
+        assert parts == {path: path.read_bytes() for path in parts}
+        assert written == {path: path.stat().st_mtime_ns for path in parts}
+        loaded, test = load_selector(tmp_path), torch.cat([task_data(task, seed=1)[0] for task in range(4)])
+        for ours, other in zip(selector.judge(test), loaded.judge(test), strict=True):
+            assert torch.equal(ours, other)
+    (tmp_path / "task_0002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="No task_0002.safetensors in"):
+        load_selector(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_growth_per_task(kind, tmp_path):
     selector = fitted(make(kind), tasks=1)
     sizes = [sum(tensor.nbytes for tensor in [*selector.own[0].values()]) + selector.shared_bytes]
