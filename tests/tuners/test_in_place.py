@@ -7,7 +7,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROUTES = {"one task": None, "several tasks": torch.tensor([0, 2, 1, 0, 2])}
+ROUTES = {
+    "one task": None,
+    "several tasks": torch.tensor([0, 2, 1, 0, 2]),
+    "some plain": torch.tensor([0, -1, 1, -1, 2]),
+}
 each_route = pytest.mark.parametrize("task_ids", ROUTES.values(), ids=ROUTES.keys())
 
 
@@ -22,7 +26,7 @@ class Calls(TorchDispatchMode):
 
     def adding(self):
         """What added to the layers' outputs: no base layer of `Net` calls a batched product, or adds without a bias."""
-        return [name for name in self.names if name.startswith(("addmm_", "baddbmm_"))]
+        return [name for name in self.names if name.startswith(("addmm_", "baddbmm_", "index_add_"))]
 
 
 def served(model, task_ids):

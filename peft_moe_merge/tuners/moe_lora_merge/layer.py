@@ -334,7 +334,8 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
         if rows_N is None:
             return y_NLO.reshape(result.shape)
         # rows of plain samples are not even added zero to, so they stay what they were bit for bit
-        return result_BLO.index_add(0, rows_N, y_NLO.to(result.dtype)).reshape(result.shape)
+        add = result_BLO.index_add_ if how.in_place else result_BLO.index_add
+        return add(0, rows_N, y_NLO.to(result.dtype)).reshape(result.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NOT_MERGEABLE)
