@@ -18,7 +18,7 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from peft_moe_merge.report.tables import Rows, difference, markdown, number, pri
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mtil.py"
 OURS, CEILING = ("moe_lora_pool", "moe_lora_warm"), "lora_per_task"
 PRIMARY = ("average", "last")
+SEEDS = [100, 101, 102, 103, 104, 105]
 KEPT = ("seed", "matrix", "seconds", "trainable_parameters", "stored_bytes", "x_tail")
 
 
@@ -76,14 +77,16 @@ def keep(results: dict[str, Any], folder: Path, seed: int) -> None:
         partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
 
 
-def kept_runs(folder: Path) -> dict[str, list[dict]]:
-    """Read what is kept: the runs of each method, the one that ends best first."""
+def kept_runs(folder: Path, seeds: Collection[int] | None = None) -> dict[str, list[dict]]:
+    """Read what is kept, of some seeds or all: the runs of each method, the one that ends best first."""
     found: dict[str, list[dict]] = {}
     for file in sorted(folder.glob("seed_*.json.gz")):
-        for method, runs in read_results(file)["methods"].items():
-            found.setdefault(method, []).extend(runs)
+        if seeds is None or int(file.name.removeprefix("seed_").partition(".")[0]) in seeds:
+            for method, runs in read_results(file)["methods"].items():
+                found.setdefault(method, []).extend(runs)
     if not found:
-        raise SystemExit(f"There is no seed_*.json.gz in {str(folder)!r}: run without --only_show first.")
+        of_seeds = "" if seeds is None else f" of the seeds {sorted(seeds)}"
+        raise SystemExit(f"There is no seed_*.json.gz{of_seeds} in {str(folder)!r}: run without --only_show first.")
     return dict(sorted(found.items(), key=lambda item: -over_seeds(item[1], "last").mean))
 
 
@@ -168,7 +171,7 @@ def scatter(runs: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104, 105])
+    parser.add_argument("--seeds", type=int, nargs="+", help=f"default: {SEEDS}; with --only_show, all that are kept")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--output_dir", default="runs/table")
     parser.add_argument(
@@ -190,14 +193,15 @@ def main() -> None:
     options, further = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     folder = options.keep or Path(options.output_dir, "kept")
 
-    for seed in () if options.only_show else options.seeds:
+    for seed in () if options.only_show else options.seeds or SEEDS:
         keep(read_results(run(seed, options, further)), folder, seed)
     for file in sorted(file for other in options.add for file in other.glob("seed_*/results.json")):
         keep(read_results(file), folder, int(file.parent.name.removeprefix("seed_")))
+    runs = kept_runs(folder, options.seeds if options.only_show else None)
     if options.figure:
-        scatter(kept_runs(folder), options.figure)
+        scatter(runs, options.figure)
     console = terminal()
-    for title, rows, caption in tables(kept_runs(folder), options.margin):
+    for title, rows, caption in tables(runs, options.margin):
         if options.markdown:
             print(f"**{title}**\n\n{markdown(rows)}\n\n{caption}\n")
         else:

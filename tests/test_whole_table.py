@@ -45,6 +45,9 @@ def test_studies_add_up_in_what_is_kept(tmp_path):
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert "| moe_lora_pool | 3 |" in printed and "| zero_shot | 2 |" in printed
     assert "| lora_per_task | " in printed and "-0.50" in printed and "| yes | 0.0000 |" in printed
+    command += ["--seeds", "101", "102"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert "| moe_lora_pool | 2 |" in printed and "| zero_shot | 1 |" in printed
 
 
 def test_runs_of_another_study_are_kept_and_drawn(tmp_path):
@@ -75,3 +78,5 @@ def test_a_kept_file_that_is_damaged_is_named(tmp_path):
             read_results(file)
     with pytest.raises(SystemExit, match="There is no seed_"):
         whole_table.kept_runs(tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match=r"of the seeds \[7\]"):
+        whole_table.kept_runs(tmp_path, [7])
