@@ -109,6 +109,7 @@ def learn(folder: Path, tasks: int, steps: int, batch_size: int) -> list[dict[st
         now = learn_one(method, position, steps, batch_size)
         before = {path.stat().st_ino for path in folder.rglob("*")}
         progress.matrix.append([])
+        progress.processes.append(1)
         began = time.perf_counter()
         checkpoint.save(folder, progress, method.save_so_far)
         now["save_seconds"] = time.perf_counter() - began
