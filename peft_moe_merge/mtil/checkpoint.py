@@ -6,7 +6,8 @@ the same result. Nothing in it is of one process or another, so that any number 
 folder is looked at or touched.
 
 What is over is written once: each task's results in `results_<n>.json`, in `finished` the weights that a method will not
-change any more, and what selectors keep of a task. The next checkpoint has the same files, by a second name of each (a hard link), and `progress.json` their checksums.
+change any more, and what selectors keep of a task. The next checkpoint has the same files, by a second name of each (a hard
+link), and `progress.json` their checksums.
 """
 
 from __future__ import annotations

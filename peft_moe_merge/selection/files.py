@@ -98,7 +98,7 @@ def load_selector(folder: str | Path, subfolder: str | None = None, **hub: Any) 
     check_seal(described, config)
     check_weights_sum(described, config, weights)
     tensors = read_tensors(weights)
-    for position in range(len(described["tasks"]) if described.get("in_parts") else 0):
+    for position in range(len(described.get("tasks", ())) if described.get("in_parts") else 0):
         tensors |= read_tensors(Path(_file(folder, subfolder, part_file(position), hub)))
     if described.get("kind") not in SELECTORS:
         raise ValueError(
