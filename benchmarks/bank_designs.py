@@ -13,8 +13,8 @@ plain, written here; the arithmetic of both is the same, and so are outputs and 
 
 Measured, in turns within each round: forward and backward pass, optimizer step (fused or foreach), both by the processor's time;
 the parameters and bytes of the optimizer's state; how many experts that nobody chose in a step moved in it; graphs that
-`torch.compile` makes of a step of training; adding experts for one more task; and, in two processes over gloo, a DDP step and one under FSDP2,
-each block sharded, with the same experts chosen in both.
+`torch.compile` makes of a step of training; adding experts for one more task; and, in two processes over gloo, a DDP step and one
+under FSDP2, each block sharded, with the same experts chosen in both.
 """
 
 import argparse
@@ -204,8 +204,9 @@ def parallel_worker(rank: int, port: int, how: str, design: str, size: tuple[int
         # experts that a process has not chosen have no gradient there, which DDP has to be told to look for
         called = DistributedDataParallel(model, find_unused_parameters=design == "apart")
     else:
+        mesh = init_device_mesh("cpu", (2,))
         for block in model.blocks:
-            fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+            fully_shard(block, mesh=mesh)
         called = model
     seconds = []
     for step in range(6):

@@ -49,6 +49,15 @@ def whole(final: Path, then: str = "try again") -> Iterator[Path]:
     _flush(final.parent)
 
 
+PARTS = "task_*.safetensors"
+"""The files for what is finished with each task, where something is written task by task."""
+
+
+def part_file(position: int) -> str:
+    """Name the file for the task at a position."""
+    return PARTS.replace("*", f"{position + 1:04d}")
+
+
 def link_or_copy(file: Path, to: Path) -> None:
     """Give a file, which nobody will ever change, a second name; where the file system has no such thing, copy it."""
     try:

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_moe_merge.files import drop, file_sum, link_or_copy, whole
+from peft_moe_merge.files import PARTS, drop, file_sum, link_or_copy, part_file, whole
 
 from .fingerprint import PROCESSES, differences_but_processes
 
@@ -43,7 +43,7 @@ FINISHED = "finished"
 RESULTS = "results_*.json"
 """The files in a checkpoint with what came of each task."""
 
-WRITTEN = (RESULTS, f"{FINISHED}/*", f"{SELECTORS}/*/task_*.safetensors")
+WRITTEN = (RESULTS, f"{FINISHED}/*", f"{SELECTORS}/*/{PARTS}")
 """What is written once."""
 
 PER_TASK = ("matrix", "losses", "history", "selection", "x_tail")
@@ -87,7 +87,7 @@ class Progress:
 
 def finished_file(checkpoint: Path, position: int) -> Path:
     """Name the file in a checkpoint for weights that are finished with the task at a position."""
-    return checkpoint / FINISHED / f"task_{position + 1:04d}.safetensors"
+    return checkpoint / FINISHED / part_file(position)
 
 
 def write_finished(checkpoint: Path, tasks: int, weights_of: Callable[[int], dict[str, Tensor]]) -> None:

@@ -17,6 +17,7 @@ from peft_moe_merge.files import (
     check_seal,
     check_weights_sum,
     not_finite,
+    part_file,
     read_json,
     read_tensors,
     sealed,
@@ -32,11 +33,6 @@ SELECTORS: dict[str, type[Selector]] = discover(sys.modules[__package__], Select
 WEIGHTS = "selector.safetensors"
 CONFIG = "selector.json"
 FORMAT_VERSION = 1
-
-
-def part_file(position: int) -> str:
-    """Name the file for what is kept of the task at a position, where selectors are written in parts."""
-    return f"task_{position + 1:04d}.safetensors"
 
 
 def save_selector(selector: Selector, folder: str | Path, *, in_parts: bool = False) -> None:

@@ -103,8 +103,6 @@ def test_the_input_of_a_layer_that_returns_it_is_not_written_to(task_ids):
     for parameter in bank.up_weight:
         parameter.data = parameter.data[:, :IN].contiguous()
     x = inputs(5, 4)
-    with torch.no_grad():
-        context = model.route(task_ids) if task_ids is not None else torch.no_grad()
-        with context:
-            added = model.get_base_model().first(x) - x
+    with torch.no_grad(), model.route(task_ids):
+        added = model.get_base_model().first(x) - x
     assert torch.equal(x, inputs(5, 4)) and added.abs().sum() > 0

@@ -108,9 +108,11 @@ class ExpertPool:
     def _start_from(self, index: int, from_tasks: Sequence[int] | None = None) -> None:
         """Set a task's experts to what merges from those of other tasks, by default the latest before it, if there are any."""
         from_tasks = range(index)[-STARTS_FROM:] if from_tasks is None else from_tasks
+        if not from_tasks:
+            return
         for bank, routers in zip(self.expert_banks().values(), self.router_banks().values(), strict=True):
-            if not from_tasks or bank.frozen.is_meta:
-                return
+            if bank.frozen.is_meta:
+                continue
             own = list(dict.fromkeys(routers.experts_of(index)))  # two columns of a router may lead to one expert
             known = [[bank.expert(expert) for expert in routers.experts_of(task)] for task in from_tasks]
             for expert, start in zip(own, merged_start(known, len(own)), strict=True):

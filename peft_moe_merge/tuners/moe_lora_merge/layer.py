@@ -317,8 +317,9 @@ class MoELoraMergeLayer(nn.Module, BaseTunerLayer):
     def _owns_output(self) -> bool:
         """Say whether nobody but the call has the base layer's output: it is fresh, no hook saw it, and no gradient needs it."""
         base = self.base_layer
-        replaced = base._forward_hooks or nn_module._global_forward_hooks or "forward" in vars(base)
-        return not torch.is_grad_enabled() and type(base) is nn.Linear and not replaced
+        if torch.is_grad_enabled() or type(base) is not nn.Linear:
+            return False
+        return not (base._forward_hooks or nn_module._global_forward_hooks or "forward" in vars(base))
 
     def _add_experts(self, adapter_name: str, choice: Choice | FixedChoice, result: Tensor) -> Tensor:
         experts, config = self.moe_lora_experts[adapter_name], self.adapters.configs[adapter_name]
