@@ -25,6 +25,7 @@ from peft_moe_merge.selection import (
     AlexNetFeatures,
     Candidates,
     Depths,
+    DiscriminantSelector,
     FeatureSource,
     ImageFeatures,
     IncrementalSelector,
@@ -32,6 +33,7 @@ from peft_moe_merge.selection import (
     Selector,
     TextSelector,
     decide,
+    fuse,
     load_selector,
     mixture,
     save_selector,
@@ -56,9 +58,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 DECISIONS = ("per_image", "per_batch", "candidates", "soft")
 """`candidates` is per image too, but told which classes are asked about: those of the image's data set. `soft` mixes the
 class probabilities of the likeliest tasks, with selectors that have a posterior."""
-X_TAIL_DECISIONS = ("per_image", "soft", "per_image_own", "soft_own")
+X_TAIL_DECISIONS = ("per_image", "soft", "per_image_own", "soft_own", "soft_fused")
 """Under X-TAIL all classes are candidates: any learnt task may be chosen, and none only while some classes are of none. A
-chosen task tells all classes apart, or by `_own` those of its own alone; plain CLIP always all."""
+chosen task tells all classes apart, or by `_own` those of its own alone; plain CLIP always all. `soft_fused` is `soft_own` where
+selectors that know classes have their say in these, too, see `fuse`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,12 @@ class Variant:
         """Which classes a route tells apart: the image's "data set"'s, "all" or the route's "own"."""
         if self.protocol == "mtil":
             return "data set"
-        return "own" if self.decision.endswith("_own") else "all"
+        return "own" if self.decision.endswith("_own") or self.fused else "all"
+
+    @property
+    def fused(self) -> bool:
+        """Whether the selector has a say in a task's classes."""
+        return self.decision.endswith("_fused")
 
 
 @dataclass
@@ -185,7 +193,7 @@ class StreamSelectors:
             for protocol, decisions in by_protocol.items()
             for name, selector in self.selectors.items()
             for decision in decisions
-            if not decision.startswith("soft") or isinstance(selector, IncrementalSelector)
+            if _can_decide(selector, decision)
         ]
 
     @torch.no_grad()
@@ -233,8 +241,10 @@ class StreamSelectors:
             hits = torch.zeros(len(variants))
             total = 0
             for batch in self._bar(batches, f"selecting on {task.name}", accelerator):
-                shares_BVR, margins_BV = self._choose(method, batch["pixel_values"], variants, asked)
-                right_BV = self._right(method, task, batch, variants, shares_BVR, among, accelerator)
+                pixels = batch["pixel_values"]
+                features = {source: method.frozen_features(source, pixels).float() for source in self.sources}
+                shares_BVR, margins_BV = self._choose(features, learnt, variants, asked)
+                right_BV = self._right(task, batch, variants, shares_BVR, features, among)
                 chosen_BV = shares_BVR.argmax(dim=2)
                 chosen_BV, margins_BV, right_BV = accelerator.gather_for_metrics((chosen_BV, margins_BV, right_BV))
                 hits += right_BV.sum(dim=0).cpu()
@@ -261,11 +271,10 @@ class StreamSelectors:
         return told, x_tail
 
     def _choose(
-        self, method: Routed, pixel_values: Tensor, variants: list[Variant], asked: dict[str, Candidates]
+        self, features: dict[FeatureSource, Tensor], learnt: int, variants: list[Variant], asked: dict[str, Candidates]
     ) -> tuple[Tensor, Tensor]:
         """Choose for each image by every variant: the share of each route, B x V x R, and margins, B x V."""
-        features = {source: method.frozen_features(source, pixel_values).float() for source in self.sources}
-        routes = len(method.learnt) + 1
+        routes = learnt + 1
         judged = {name: selector.judge(features[selector.source]) for name, selector in self.selectors.items()}
         shares, margins = [], []
         for variant in variants:
@@ -288,23 +297,25 @@ class StreamSelectors:
             margins.append(margins_B)
         return torch.stack(shares, dim=1), torch.stack(margins, dim=1)
 
-    @staticmethod
     def _right(
-        method: Routed,
+        self,
         task: Task,
         batch: Batch,
         variants: list[Variant],
         shares_BVR: Tensor,
+        features: dict[FeatureSource, Tensor],
         among: dict[str, RouteTexts],
-        accelerator: Accelerator,
     ) -> Tensor:
         """Tell whether the class is right that is likeliest under the routes that each variant chose: B x V."""
+        method, accelerator = among["data set"].method, among["data set"].accelerator
         device, labels_B = batch["labels"].device, batch["labels"].cpu()
         scale, shares_BVR = method.model.logit_scale.exp().item(), shares_BVR.cpu().double()
         none = shares_BVR.shape[2] - 1
         right_BV = torch.zeros(shares_BVR.shape[:2], dtype=torch.bool)
-        columns = {of: [c for c, variant in enumerate(variants) if variant.among == of] for of in among}
-        mixed = dict.fromkeys(among, 0.0)
+        columns: dict[tuple[str, str | None], list[int]] = {}  # of variants that find a route's classes equally likely
+        for column, variant in enumerate(variants):
+            columns.setdefault((variant.among, variant.selector if variant.fused else None), []).append(column)
+        mixed = dict.fromkeys(columns, 0.0)
         for route in (shares_BVR > 0).any(dim=1).any(dim=0).nonzero().flatten().tolist():
             rows = (shares_BVR[:, :, route] > 0).any(dim=1).nonzero().flatten()
             router = NONE if route == none else route
@@ -313,20 +324,34 @@ class StreamSelectors:
             with accelerator.autocast():
                 features_BP = method.routed_image_features(pixels, torch.full((len(rows),), router, device=device))
                 cosines = {of: (features_BP @ classes_CP.T).cpu() for of, classes_CP in classes.items()}
-            for of, cosines_BC in cosines.items():
+            for (of, fused), alike in columns.items():
                 # in float64 equal only where the cosines are: where one route has it all, they decide
-                likely_BC = among[of].narrowed(scale * cosines_BC.double(), router).softmax(dim=1)
-                shares_BV = shares_BVR[rows][:, columns[of], route]
+                logits_BC = among[of].narrowed(scale * cosines[of].double(), router)
+                if fused is None or router == NONE:
+                    likely_BC = logits_BC.softmax(dim=1)
+                else:
+                    selector = self.selectors[fused]
+                    known, posterior_BK = selector.class_posterior(features[selector.source][rows.to(device)], router)
+                    own_C = among[of].space.columns[method.learnt[router]]
+                    likely_BC = fuse(logits_BC, own_C[known.cpu()], posterior_BK.cpu()).exp()
+                shares_BV = shares_BVR[rows][:, alike, route]
                 of_route = likely_BC.new_zeros(len(labels_B), shares_BV.shape[1], likely_BC.shape[1])
-                mixed[of] = mixed[of] + of_route.index_copy(0, rows, shares_BV[:, :, None] * likely_BC[:, None])
-        for of, mixed_BVC in mixed.items():
+                by_share = shares_BV[:, :, None] * likely_BC[:, None]
+                mixed[of, fused] = mixed[of, fused] + of_route.index_copy(0, rows, by_share)
+        for (of, fused), mixed_BVC in mixed.items():
             true_B = among[of].space.columns[task.name][labels_B]
-            right_BV[:, columns[of]] = mixed_BVC.argmax(dim=2) == true_B[:, None]
+            right_BV[:, columns[of, fused]] = mixed_BVC.argmax(dim=2) == true_B[:, None]
         return right_BV.to(device)
 
     @staticmethod
     def _bar(batches: Any, what: str, accelerator: Accelerator) -> Any:
         return tqdm(batches, desc=what, disable=not accelerator.is_main_process, leave=False)
+
+
+def _can_decide(selector: Selector, decision: str) -> bool:
+    if decision.endswith("_fused"):
+        return isinstance(selector, DiscriminantSelector) and selector.needs_labels
+    return not decision.startswith("soft") or isinstance(selector, IncrementalSelector)
 
 
 def _decide_among(scores_BT: Tensor, bars_BT: Tensor, evidence: Candidates) -> tuple[Tensor, Tensor]:

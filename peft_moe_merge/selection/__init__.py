@@ -12,6 +12,7 @@ from .candidates import Candidates, tasks_of_candidates
 from .discriminant import DiscriminantSelector
 from .features import AlexNetFeatures, Depths, FeatureSource, ImageFeatures, PatchTokens
 from .files import SELECTORS, load_selector, save_selector
+from .fusion import fuse
 from .gaussian import GaussianSelector
 from .incremental import IncrementalSelector
 from .mixture import mixture
@@ -36,6 +37,7 @@ __all__ = [
     "Selector",
     "TextSelector",
     "decide",
+    "fuse",
     "load_selector",
     "mixture",
     "save_selector",

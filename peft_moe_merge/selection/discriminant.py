@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .features import FeatureSource
-from .incremental import IncrementalSelector, State
+from .incremental import IncrementalSelector, State, best_temperature
 from .moments import Moments
 
 TEMPERATURES = torch.logspace(-4, 1, 21, dtype=torch.float64)
@@ -34,12 +34,21 @@ class Component:
         moved = (part.to(device, dtype) for part in (self.centre_F, self.whitening_FF, self.means_CF))
         return Component(*moved, self.constant)
 
+    def whitened(self, features_BF: Tensor) -> Tensor:
+        """Return the images where distances are Euclidean: B x F."""
+        return (features_BF - self.centre_F) @ self.whitening_FF
+
     def log_density(self, features_BF: Tensor) -> Tensor:
         """Return the logarithm of the density of each image, up to what is the same for all tasks: B."""
-        white_BF = (features_BF - self.centre_F) @ self.whitening_FF
+        white_BF = self.whitened(features_BF)
         # |x|^2 is the same for all components; taken last, it does not blur their differences
-        fits_BC = white_BF @ self.means_CF.T - 0.5 * self.means_CF.square().sum(dim=1)
+        fits_BC = fits(white_BF, self.means_CF)
         return fits_BC.logsumexp(dim=1) - 0.5 * white_BF.square().sum(dim=1) + self.constant
+
+
+def fits(white_BF: Tensor, means_CF: Tensor) -> Tensor:
+    """Return the logarithms of the densities of each image under Gaussians, up to what is the same for all: B x C."""
+    return white_BF @ means_CF.T - 0.5 * means_CF.square().sum(dim=1)
 
 
 def component(means_CF: Tensor, covariance_FF: Tensor) -> Component:
@@ -69,6 +78,11 @@ class Separate:
         """Return the logarithm of each task's density at each image, up to what is the same for all: B x T."""
         return torch.stack([one.log_density(features_BF) for one in self.components], dim=1)
 
+    def class_fits(self, features_BF: Tensor, task: int) -> Tensor:
+        """Return the same of each component of a task, up to what these have in common: B x C."""
+        one = self.components[task]
+        return fits(one.whitened(features_BF), one.means_CF)
+
 
 class Common:
     """The same where all tasks have one covariance: images are whitened once, and a task costs its means alone.
@@ -92,11 +106,16 @@ class Common:
     def log_densities(self, features_BF: Tensor) -> Tensor:
         """Return the logarithm of each task's density at each image, up to what is the same for all: B x T."""
         one = self.everything
-        white_BF = (features_BF - one.centre_F) @ one.whitening_FF
-        fits_BS = white_BF @ one.means_CF.T - 0.5 * one.means_CF.square().sum(dim=1)
+        white_BF = one.whitened(features_BF)
+        fits_BS = fits(white_BF, one.means_CF)
         if len(self.task_S) > len(self.counts):
             fits_BS = self._by_task(fits_BS)
         return fits_BS - 0.5 * white_BF.square().sum(dim=1, keepdim=True) + self.constant_T
+
+    def class_fits(self, features_BF: Tensor, task: int) -> Tensor:
+        """Return the same of each component of a task, up to what these have in common: B x C."""
+        first, own = sum(self.counts[:task]), self.counts[task]
+        return fits(self.everything.whitened(features_BF), self.everything.means_CF[first : first + own])
 
     def _by_task(self, fits_BS: Tensor) -> Tensor:
         """Take the logarithm of the sum of exponentials of each task's components: B x T."""
@@ -127,6 +146,7 @@ class DiscriminantSelector(IncrementalSelector):
     """
 
     kind = "discriminant"
+    class_temperature: float = 1.0
     shared_names = ("scatter",)
 
     def __init__(
@@ -220,6 +240,53 @@ class DiscriminantSelector(IncrementalSelector):
                     if loss < best[0]:
                         best = loss, share, intensity, temperature
         return best[1:]
+
+    @torch.no_grad()
+    def class_posterior(self, features_BF: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """Return how likely each image of a task is of each of its classes, for `fuse`.
+
+        That is `softmax(temperature * fits)`, classes alike, with the temperature that fits the images kept best (of all
+        tasks, tasks alike).
+
+        Args:
+            features_BF: of the images.
+            task: its position in `tasks`.
+
+        Returns:
+            The labels of the classes that had images, LongTensor[C] in ascending order, and logarithms of their
+            probabilities, FloatTensor[B, C].
+
+        Raises:
+            RuntimeError: nothing has been fitted yet.
+            ValueError: features are NaN, infinite or of another width than those fitted; the selector has means per task
+                alone.
+        """
+        if not self.needs_labels:
+            raise ValueError(
+                f"means={self.means!r} tells tasks apart, not classes: fit a DiscriminantSelector(means='classes')."
+            )
+        if not self.tasks:
+            raise RuntimeError("The selector knows no task yet: call `fit(task, features)` first.")
+        self._check(features_BF, "to tell classes apart by")
+        made = self.prepared(features_BF.device)
+        with torch.autocast(features_BF.device.type, enabled=False):
+            fits_BC = made.class_fits(features_BF.float(), task)
+        labels_C = (self.own[task]["counts"] > 0).nonzero().squeeze(1)
+        return labels_C.to(features_BF.device), (self.class_temperature * fits_BC).log_softmax(dim=1)
+
+    @torch.no_grad()
+    def _calibrate(self, device: torch.device) -> None:
+        super()._calibrate(device)
+        if not self.needs_labels:
+            return
+        scores, labels = [], []
+        for task, own in enumerate(self.own):
+            fitted = own["counts"] > 0
+            rows = [row for row, label in enumerate(own["kept_labels"].tolist()) if fitted[label : label + 1].any()]
+            column_of_label = fitted.cumsum(0) - 1
+            scores.append(self._prepared[device].class_fits(own["kept"][rows].to(device), task).double().cpu())
+            labels.append(column_of_label[own["kept_labels"][rows]])
+        self.class_temperature = best_temperature(scores, labels)
 
     def _prepare(self, device: torch.device) -> Separate | Common:
         share, intensity, _ = self.choose()

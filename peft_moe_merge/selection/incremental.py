@@ -218,7 +218,8 @@ class IncrementalSelector(Selector):
     def _calibrate(self, device: torch.device) -> None:
         """Set the temperature and all thresholds from the images kept."""
         scores = [self.decision_function(own["kept"].to(device)) for own in self.own]
-        self.temperature = best_temperature([scores_KT.double().cpu() for scores_KT in scores])
+        own_task = [torch.full((len(scores_KT),), task) for task, scores_KT in enumerate(scores)]
+        self.temperature = best_temperature([scores_KT.double().cpu() for scores_KT in scores], own_task)
         if self.reject_rate == 0:
             return
         known = [
@@ -232,21 +233,21 @@ class IncrementalSelector(Selector):
                 own["threshold"] = torch.stack([quantile, known_K.mean(), known_K.new_tensor(len(known_K))])
 
 
-def best_temperature(scores: Sequence[Tensor]) -> float:
+def best_temperature(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
     """Find what to multiply scores by so that their softmax fits best: least cross-entropy, tasks alike.
 
     Args:
-        scores: K x T of each task's own images.
+        scores: of each task's own images, K x C.
+        labels: the right columns, K.
 
     Returns:
         One of 121 values between 1e-3 and 1e3; 1 where there are no images.
     """
-    if not any(len(scores_KT) for scores_KT in scores):
+    if not any(map(len, scores)):
         return 1.0
     temperatures = torch.logspace(-3, 3, 121, dtype=torch.float64)
     losses = torch.zeros(len(temperatures), dtype=torch.float64)
-    for task, scores_KT in enumerate(scores):
-        if len(scores_KT):
-            own_K = torch.full((len(scores_KT),), task)
-            losses += torch.stack([F.cross_entropy(temperature * scores_KT, own_K) for temperature in temperatures])
+    for scores_KC, labels_K in zip(scores, labels, strict=True):
+        if len(scores_KC):
+            losses += torch.stack([F.cross_entropy(temperature * scores_KC, labels_K) for temperature in temperatures])
     return temperatures[losses.argmin()].item()

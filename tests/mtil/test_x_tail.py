@@ -25,7 +25,8 @@ from peft_moe_merge.mtil.selection import SelectorSettings
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
 from peft_moe_merge.selection import load_selector
 
-SELECTORS = ["discriminant", "gaussian"]  # with and without a posterior
+SELECTORS = ["discriminant", "lda", "gaussian"]  # with a posterior of tasks, of classes too, without any
+OF_TASKS = ("per_image", "soft", "per_image_own", "soft_own")
 NAMES = (("zero", "one", "two", "three"), ("four", "five", "six"), ("seven", "Eight", "ONE"))
 TEMPLATES = (("the digit {}.", "a {}."), ("the digit {}.",), ("a {}.", "written: {}."))
 METHOD = MethodSettings(pool_r=4, lora_r=4, exemplars=20)
@@ -148,13 +149,18 @@ def slowly(method, selector, tasks, task, learnt, decision, x_tail=True):
             if not x_tail:
                 names = list(task.class_names)
                 prompts = [[form.format(name) for form in task.templates] for name in names]
-            elif decision.endswith("own") and route != -1:
+            elif decision.endswith(("own", "fused")) and route != -1:
                 names = [name.lower() for name in tasks[route].class_names]
                 prompts = [PROMPTS[ALL_NAMES.index(name)] for name in names]
             if route not in encoded:
                 encoded[route] = texts(method, prompts)
             logits = scale * method.image_features(image[None])[0] @ encoded[route].T
-            for name, probability in zip(names, logits.double().softmax(0).tolist(), strict=True):
+            likely = logits.double().softmax(0)
+            if decision.endswith("fused") and route != -1:
+                _, posterior = selector.class_posterior(features, route)  # the classes come in their order
+                likely = likely * posterior[0].exp()
+                likely = likely / likely.sum()
+            for name, probability in zip(names, likely.tolist(), strict=True):
                 by_name[name] = by_name.get(name, 0.0) + share * probability
         truth = task.class_names[label]
         right += max(by_name, key=by_name.get) == (truth.lower() if x_tail else truth)
@@ -166,10 +172,11 @@ def test_routed_methods_one_image_at_a_time(name, tasks, routed):
     progress, method, folder = routed[name]
     told = {(selector, decision): accuracies for selector, decision, accuracies in progress.x_tail[-1]}
     assert list(told) == [
-        *(("discriminant", decision) for decision in ("per_image", "soft", "per_image_own", "soft_own")),
+        *(("discriminant", decision) for decision in OF_TASKS),
+        *(("lda", decision) for decision in (*OF_TASKS, "soft_fused")),
         *(("gaussian", decision) for decision in ("per_image", "per_image_own")),
     ]
-    for selector_name, decision in list(told)[:5]:
+    for selector_name, decision in [*list(told)[:4], ("lda", "soft_fused"), ("gaussian", "per_image")]:
         selector = load_selector(folder / "after_3" / "selectors" / selector_name)
         for position in (0, 2):  # those that share a name
             expected = slowly(method, selector, tasks, tasks[position], 3, decision)
@@ -183,12 +190,12 @@ def test_routed_methods_one_image_at_a_time(name, tasks, routed):
 def test_some_tasks_not_learnt_yet(tasks, routed, tmp_path):
     """An image may be of none as long as some classes are of no learnt task; and a stopped run goes on to the same end."""
     progress, method = run(tmp_path, tasks, "moe_lora_pool", stop_after=2)
-    selector = load_selector(tmp_path / "after_2" / "selectors" / "discriminant")
     told = {(selector, decision): accuracies for selector, decision, accuracies in progress.x_tail[-1]}
-    for decision in ("per_image", "soft", "per_image_own", "soft_own"):
+    for name, decision in [*(("discriminant", decision) for decision in OF_TASKS), ("lda", "soft_fused")]:
+        selector = load_selector(tmp_path / "after_2" / "selectors" / name)
         for position in (1, 2):
             expected = slowly(method, selector, tasks, tasks[position], 2, decision)
-            assert told["discriminant", decision][position] == pytest.approx(expected), (decision, position)
+            assert told[name, decision][position] == pytest.approx(expected), (decision, position)
     resumed, _ = run(tmp_path, tasks, "moe_lora_pool", resume=True)
     straight = routed["moe_lora_pool"][0]
     assert (resumed.x_tail, resumed.selection, resumed.matrix) == (

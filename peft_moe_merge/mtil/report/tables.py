@@ -27,13 +27,15 @@ SELECTION_CAPTION = (
 )
 X_TAIL_CAPTION = (
     "X-TAIL: an image is told apart among the classes of all tasks, learnt or not, each name once; nobody names its task. A "
-    f"task that was chosen tells all classes apart, or its own alone; CLIP without experts always all. {RULE}"
+    "task that was chosen tells all classes apart, or its own alone; CLIP without experts always all. Fused: the selector has a say "
+    f"in the classes, too. {RULE}"
 )
 X_TAIL_LABELS = {
     "per_image": "one task, all classes",
     "soft": "likely tasks mixed, all classes",
     "per_image_own": "one task, its classes",
     "soft_own": "likely tasks mixed, their classes",
+    "soft_fused": "likely tasks mixed, their classes fused",
 }
 
 DIFFERENCE_CAPTION = (
