@@ -23,7 +23,7 @@ from peft_moe_merge.mtil.data.suites import DataSettings
 from peft_moe_merge.mtil.experiment import Experiment, has_experts_to_watch, run_folder
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.push import prepare_push, push_adapter
-from peft_moe_merge.mtil.report.card import METHOD
+from peft_moe_merge.mtil.report.card import PUBLISHED, model_card, published
 from peft_moe_merge.mtil.report.closing import closing
 from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results
@@ -51,15 +51,23 @@ class RunSettings:
         None, "default: what `accelerate launch` was told, or no"
     )
     cpu: bool = setting(False, "do not use a GPU")
-    push_to_hub: str | None = setting(None, "user/name: when done, push the adapter of moe_lora_merge, first seed")
+    push_to_hub: str | None = setting(None, "user/name: when done, push an adapter of the first seed")
+    push_method: str | None = setting(
+        None, "whose adapter; default: the first of these that is run", choices=list(PUBLISHED)
+    )
     license: str = setting("apache-2.0", "of the adapter that is pushed")
     log_with: str | None = setting(None, "tracker for losses and accuracies: tensorboard or wandb")
 
     def __post_init__(self):
         check_choices(self, "methods", METHODS)
         check_at_least(self, 1, "stop_after")
-        if self.push_to_hub and METHOD not in self.methods:
-            raise ValueError(f"`push_to_hub` publishes the adapter of {METHOD}, but the methods are {self.methods}.")
+        if self.push_to_hub:
+            self.push_method = self.push_method or published(self.methods)
+            if self.push_method not in self.methods:
+                one = self.push_method or f"one of {list(PUBLISHED)}"
+                raise ValueError(
+                    f"`push_to_hub` publishes the adapter of {one}, but the methods are {self.methods}: add it."
+                )
         if self.expert_figures and not any(map(has_experts_to_watch, self.methods)):
             watched = ", ".join(filter(has_experts_to_watch, METHODS))
             raise ValueError(
@@ -111,9 +119,9 @@ def main() -> None:
         print(f"report:  {report}, pictures beside it in figures/")
         if run.push_to_hub and run.stop_after is None:
             seed, (_, processor) = run.seeds[0], experiment.build_clip()
-            checkpoint = newest(run_folder(output_dir, METHOD, seed))
-            tasks = experiment.tasks
-            address = push_adapter(run.push_to_hub, checkpoint, tasks, processor, results, seed, run.license)
+            checkpoint = newest(run_folder(output_dir, run.push_method, seed))
+            card = model_card(results, run.push_to_hub, run.push_method, seed, run.license)
+            address = push_adapter(run.push_to_hub, checkpoint, experiment.tasks, processor, card)
             print(f"adapter: {address}")
         print("", *closing(results, report), sep="\n")
     accelerator.end_training()

@@ -6,60 +6,32 @@ task or candidates, N prompts, P projection width.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from peft_moe_merge.files import whole
 from peft_moe_merge.selection.candidates import Candidates, check_candidates, same_name, tasks_of_candidates
+from peft_moe_merge.selection.discriminant import DiscriminantSelector
+from peft_moe_merge.selection.fusion import fuse
 from peft_moe_merge.selection.incremental import IncrementalSelector
 from peft_moe_merge.selection.mixture import mixture
 from peft_moe_merge.tuners.moe_lora_merge.config import MoELoraMergeConfig, check_selector
 from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
 
+from .classes import ANY_CLASS, TaskClasses, as_task_classes, read_classes, write_classes
 from .rgb import load_rgb
 from .zero_shot import class_features, prompts_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-ANY_CLASS = ("a photo of a {}.",)
-"""Prompt forms of a class that no task has."""
-
-CLASSES_FILE = "classifier.json"
-"""Beside an adapter: what its tasks' classes are called."""
-
-
-@dataclass(frozen=True)
-class TaskClasses:
-    """What the images of a task may be.
-
-    Attributes:
-        class_names: in plain words.
-        templates: prompt forms with one `{}` for the class name; their features are averaged.
-    """
-
-    class_names: Sequence[str]
-    templates: Sequence[str] = ANY_CLASS
-
-    def __post_init__(self):
-        if isinstance(self.class_names, str) or not self.class_names:
-            raise ValueError(f"`class_names` must be a list of at least one name, got {self.class_names!r}.")
-        check_candidates(self.class_names)
-        if isinstance(self.templates, str) or not self.templates or any("{}" not in form for form in self.templates):
-            raise ValueError(f"`templates` must be a list of texts with a '{{}}' in each, got {self.templates!r}.")
-        for name in ("class_names", "templates"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -112,10 +84,13 @@ class ContinualClassifier:
         soft: where a selector chooses, take the likeliest tasks of each image, up to three that have 95 % of its posterior, and
             mix their class probabilities by it. Each costs a pass. CLIP without experts is one of them, see
             [`IncrementalSelector.posterior`].
+        fuse: let the attached selector have a say in the class, too, where a task routes: a `DiscriminantSelector` with
+            `means="classes"`, fitted with labels that count the task's class names. It costs a pass of plain CLIP as
+            deep as the selector looks, unless that chooses the task anyway. See [`fuse`].
 
     Raises:
         TypeError: the adapter is of another method.
-        ValueError: `tasks` are not those of the adapter.
+        ValueError: `tasks` are not those of the adapter; `fuse` without such a selector.
     """
 
     def __init__(
@@ -128,6 +103,7 @@ class ContinualClassifier:
         batch_size: int = 64,
         similarity: float = 0.95,
         soft: bool = False,
+        fuse: bool = False,
     ):
         config = model.peft_config[model.active_adapter]
         if not isinstance(config, MoELoraMergeConfig):
@@ -141,14 +117,17 @@ class ContinualClassifier:
             )
         self.model = model.eval()
         self.processor = processor
-        self.tasks = {name: _task_classes(tasks[name]) for name in names}
-        self.open_classes = None if open_classes is None else _task_classes(open_classes)
+        self.tasks = {name: as_task_classes(tasks[name]) for name in names}
+        self.open_classes = None if open_classes is None else as_task_classes(open_classes)
         self.batch_size = batch_size
         self.similarity = similarity
         self.soft = soft
+        self.fuse = fuse
         self._names = names
         self._texts: dict[int, tuple[list[str], Tensor]] = {}
         self._plain: dict[int, Tensor] = {}
+        if fuse:
+            self._class_selector()
         self._asked: tuple[TaskClasses | tuple[str, ...], dict[int, tuple[list[str], Tensor]]] = ((), {})
 
     def __call__(
@@ -211,8 +190,10 @@ class ContinualClassifier:
     ) -> list[Prediction]:
         clip = self.model.get_base_model()
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(clip.device, clip.dtype)
+        selector = self._class_selector() if self.fuse else None
+        seen_BF = None if selector is None else self.model.frozen_features(selector.source, pixels)
         if ids is None:
-            shares_BR = self._select(pixels, evidence)
+            shares_BR = self._select(pixels, evidence, seen_BF)
         else:
             shares_BR = self._all_of(torch.tensor(ids, device=clip.device))
         rows_V, routes_V = shares_BR.nonzero(as_tuple=True)
@@ -226,7 +207,14 @@ class ContinualClassifier:
             logits = clip.logit_scale.exp().float() * features_VP[of_task] @ texts_CP.T
             if evidence is not None and task != PLAIN:
                 logits[:, sorted(evidence.ruled_out(task))] = -torch.inf
-            likely = shares_BR[rows_V[of_task], routes_V[of_task], None] * logits.softmax(dim=-1)
+            log_likely = logits.log_softmax(dim=-1)
+            if selector is not None and task != PLAIN:
+                known_K, posterior_BK = selector.class_posterior(seen_BF[rows_V[of_task]], task)
+                columns_K, asked_K = self._columns(task, known_K.tolist(), labels)
+                log_likely = fuse(
+                    logits, torch.tensor(columns_K, dtype=torch.long, device=logits.device), posterior_BK[:, asked_K]
+                )
+            likely = shares_BR[rows_V[of_task], routes_V[of_task], None] * log_likely.exp()
             for row, probabilities in zip(rows_V[of_task].tolist(), likely.tolist(), strict=True):
                 for label, probability in zip(labels, probabilities, strict=True):
                     found[row][label] = found[row].get(label, 0.0) + probability
@@ -236,12 +224,39 @@ class ContinualClassifier:
             predictions.append(Prediction(best, by_label[best], (*self._names, None)[route], by_label))
         return predictions
 
+    def _class_selector(self) -> DiscriminantSelector:
+        """Return the attached selector, if it has a say in classes."""
+        selector = self.model.task_selector
+        if not isinstance(selector, DiscriminantSelector) or not selector.needs_labels:
+            got = (
+                "none is attached" if selector is None else f"the attached {type(selector).__name__} knows tasks alone"
+            )
+            raise ValueError(
+                f"fuse=True asks a selector that knows classes, and {got}: fit a DiscriminantSelector(means='classes'), "
+                "then `model.attach_selector(selector)`."
+            )
+        check_selector(selector, self._names)
+        for task, own in zip(self._names, selector.own, strict=True):
+            if len(own["counts"]) > len(self.tasks[task].class_names):
+                raise ValueError(
+                    f"The selector was fitted with labels up to {len(own['counts']) - 1} of task {task!r}, for which "
+                    f"{len(self.tasks[task].class_names)} classes are named: name all, in the order of the labels."
+                )
+        return selector
+
     def _all_of(self, ids_B: Tensor) -> Tensor:
         """Let one route have all of each image: shares B x R."""
         routes = len(self._names) + 1
         return F.one_hot(ids_B.where(ids_B != PLAIN, routes - 1), routes).float()
 
-    def _select(self, pixels: Tensor, evidence: Candidates | None) -> Tensor:
+    def _columns(self, task: int, known: list[int], labels: list[str]) -> tuple[list[int], list[int]]:
+        """Find the classes of a task that are asked about: where in `labels`, and where among the `known` ones they are."""
+        rows = {same_name(label): row for row, label in enumerate(labels)}
+        names = [same_name(self.tasks[self._names[task]].class_names[label]) for label in known]
+        asked = [column for column, name in enumerate(names) if name in rows]
+        return [rows[names[column]] for column in asked], asked
+
+    def _select(self, pixels: Tensor, evidence: Candidates | None, seen_BF: Tensor | None) -> Tensor:
         """Let candidates and selector choose: the share of each route, B x R."""
         allowed, may_be_none = tuple(range(len(self._names))), True
         if evidence is not None:
@@ -258,7 +273,7 @@ class ContinualClassifier:
                 "experts), or let a selector choose: `model.attach_selector(selector)`."
             )
         check_selector(selector, self._names)
-        features = self.model.frozen_features(selector.source, pixels)
+        features = self.model.frozen_features(selector.source, pixels) if seen_BF is None else seen_BF
         if not self.soft:
             return self._all_of(selector.select(features, allowed, may_be_none)[0])
         if not isinstance(selector, IncrementalSelector):
@@ -274,7 +289,7 @@ class ContinualClassifier:
         Raises:
             ValueError: no candidates, or one named twice.
         """
-        names = check_candidates(_task_classes(candidates).class_names)
+        names = check_candidates(as_task_classes(candidates).class_names)
         classes = [self.tasks[task].class_names for task in self._names]
         by_name = tasks_of_candidates(names, classes)
         if self.similarity > 1 or by_name.complete:
@@ -360,6 +375,7 @@ class ContinualClassifier:
         batch_size: int = 64,
         similarity: float = 0.95,
         soft: bool = False,
+        fuse: bool = False,
         **download: Any,
     ) -> ContinualClassifier:
         """Load what `save_pretrained` wrote.
@@ -368,30 +384,14 @@ class ContinualClassifier:
             adapter: folder, or name on the Hub.
             clip: the CLIP that the adapter is for; default: the one that the adapter names.
             processor: default: the one beside the adapter.
-            batch_size, similarity, soft: as in the constructor.
+            batch_size, similarity, soft, fuse: as in the constructor.
             download: `revision`, `token`, `cache_dir`, ... of the adapter; the CLIP gets `token` and `cache_dir`.
 
         Raises:
             FileNotFoundError: the folder has no classes beside the adapter.
             ValueError: the classes are damaged, or the adapter does not name its CLIP, or does not fit `clip`.
         """
-        if os.path.isdir(adapter):
-            classes_file = Path(adapter, download.get("subfolder") or "", CLASSES_FILE)
-        else:
-            classes_file = Path(hf_hub_download(adapter, CLASSES_FILE, **download))
-        if not classes_file.is_file():
-            raise FileNotFoundError(
-                f"{str(adapter)!r} has no {CLASSES_FILE}: `ContinualClassifier.save_pretrained` did not write it. Load the "
-                "adapter by PEFT, and name the classes of its tasks to the constructor."
-            )
-        try:
-            told = json.loads(classes_file.read_text())
-            tasks = {name: TaskClasses(**classes) for name, classes in told["tasks"].items()}
-            open_classes = None if told["open_classes"] is None else TaskClasses(**told["open_classes"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{CLASSES_FILE} in {str(adapter)!r} is damaged: {error!r}. Save or download it anew."
-            ) from error
+        tasks, open_classes = read_classes(adapter, **download)
         if clip is None:
             config = PeftConfig.from_pretrained(adapter, **download)
             if config.base_model_name_or_path is None:
@@ -408,20 +408,5 @@ class ContinualClassifier:
             batch_size=batch_size,
             similarity=similarity,
             soft=soft,
+            fuse=fuse,
         )
-
-
-def write_classes(
-    folder: str | os.PathLike, tasks: Mapping[str, TaskClasses], open_classes: TaskClasses | None = None
-) -> None:
-    """Write the classes of an adapter's tasks beside it."""
-    told = {
-        "tasks": {name: asdict(classes) for name, classes in tasks.items()},
-        "open_classes": None if open_classes is None else asdict(open_classes),
-    }
-    with whole(Path(folder, CLASSES_FILE)) as partial:
-        partial.write_text(json.dumps(told, indent=1))
-
-
-def _task_classes(classes: TaskClasses | Sequence[str]) -> TaskClasses:
-    return classes if isinstance(classes, TaskClasses) else TaskClasses(classes)

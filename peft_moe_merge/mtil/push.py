@@ -6,17 +6,17 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import CLIPProcessor
 
-from peft_moe_merge.inference.classifier import TaskClasses, write_classes
+from peft_moe_merge.inference.classes import TaskClasses, write_classes
+from peft_moe_merge.selection.files import CONFIG as SELECTOR_CONFIG
+from peft_moe_merge.selection.files import WEIGHTS as SELECTOR_WEIGHTS
 
 from .data.task import Task
-from .report.card import base_model, model_card
 
 
 def prepare_push(repo_id: str) -> str:
@@ -59,9 +59,7 @@ def push_adapter(
     checkpoint: Path,
     tasks: list[Task],
     processor: CLIPProcessor,
-    results: dict[str, Any],
-    seed: int,
-    license: str = "apache-2.0",
+    card: ModelCard,
 ) -> str:
     """Push what `PeftModel.from_pretrained` and `ContinualClassifier.from_pretrained` need, in one commit.
 
@@ -70,22 +68,22 @@ def push_adapter(
         checkpoint: the stream's, after its last task.
         tasks: the stream, for the names of classes.
         processor: of the CLIP.
-        results: the content of `results.json`, for the card.
-        seed: of the run that the checkpoint is from.
-        license: of the adapter.
+        card: of the run that the checkpoint is from, see `model_card`.
 
     Returns:
         The commit's address.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copy(checkpoint / SAFETENSORS_WEIGHTS_NAME, folder)
         config = json.loads((checkpoint / CONFIG_NAME).read_text())
-        config["base_model_name_or_path"] = base_model(results["settings"])  # a folder here is of no use elsewhere
+        selector = (SELECTOR_WEIGHTS, SELECTOR_CONFIG) if config.get("selector") else ()
+        for file in (SAFETENSORS_WEIGHTS_NAME, *selector):
+            shutil.copy(checkpoint / file, folder)
+        config["base_model_name_or_path"] = card.data.base_model  # a folder here is of no use elsewhere
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_classes(folder, {task.name: TaskClasses(task.class_names, task.templates) for task in tasks})
         processor.save_pretrained(folder)
-        model_card(results, repo_id, seed, license).save(folder / "README.md")
+        card.save(folder / "README.md")
         commit = HfApi().upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(tasks)} tasks"
         )

@@ -22,9 +22,11 @@ from peft_moe_merge import ContinualClassifier, MoELoraMergeConfig, TaskClasses
 from peft_moe_merge.mtil.checkpoint import Progress
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.data.task import Task
+from peft_moe_merge.mtil.methods import METHODS
 from peft_moe_merge.mtil.push import prepare_push, push_adapter
-from peft_moe_merge.mtil.report.card import model_card
+from peft_moe_merge.mtil.report.card import PUBLISHED, model_card, published
 from peft_moe_merge.mtil.results import empty_results, run_result
+from peft_moe_merge.selection import DiscriminantSelector, PatchTokens
 
 TASKS = {"pets": ("cat", "dog"), "shapes": ("circle", "square")}
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mtil.py"
@@ -72,7 +74,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_the_card_tells_the_numbers_of_the_run() -> None:
-    card = ModelCard(str(model_card(results("openai/clip-vit-base-patch16"), "me/adapter", seed=1)))  # parsed anew
+    card = ModelCard(
+        str(model_card(results("openai/clip-vit-base-patch16"), "me/adapter", "moe_lora_merge", seed=1))
+    )  # parsed anew
     data = card.data
     assert {"peft", "moe", "continual-learning"} <= set(data.tags)
     assert (data.library_name, data.license, data.base_model) == ("peft", "apache-2.0", "openai/clip-vit-base-patch16")
@@ -91,7 +95,7 @@ def test_the_card_tells_the_numbers_of_the_run() -> None:
 
 
 def test_a_clip_from_a_folder_is_not_named(tmp_path: Path) -> None:
-    card = model_card(results(str(tmp_path)), "me/adapter", seed=0, license="mit")
+    card = model_card(results(str(tmp_path)), "me/adapter", "moe_lora_merge", seed=0, license="mit")
     assert card.data.base_model is None and card.data.license == "mit"
     assert str(tmp_path) not in str(card)
 
@@ -102,9 +106,9 @@ def test_no_adapter_no_card() -> None:
     with pytest.raises(
         ValueError, match=r"seed 0 in these results, .* \[\] and the methods \['zero_shot', 'moe_adapters'\]"
     ):
-        model_card(told, "me/adapter", seed=0)
+        model_card(told, "me/adapter", "moe_lora_merge", seed=0)
     with pytest.raises(ValueError, match=r"with seed 7 .* its seeds \[0, 1\]"):
-        model_card(results(), "me/adapter", seed=7)
+        model_card(results(), "me/adapter", "moe_lora_merge", seed=7)
 
 
 def test_pushing_what_cannot_be_pushed_fails_at_once(hub_here, monkeypatch) -> None:
@@ -123,10 +127,37 @@ def test_pushing_what_cannot_be_pushed_fails_at_once(hub_here, monkeypatch) -> N
     assert ("model", "owner/run") in hub_here.repos
 
 
-def test_what_is_pushed_works_as_its_card_says(hub_here, monkeypatch, checkpoint, tmp_path) -> None:
+def test_what_we_recommend_is_published_first() -> None:
+    assert next(iter(PUBLISHED)) == "moe_lora_fused" and PUBLISHED.keys() <= METHODS.keys()
+    assert published(["zero_shot", "moe_lora_merge", "moe_lora_pool"]) == "moe_lora_pool"
+    assert published(["zero_shot", "lora_per_task"]) is None
+
+
+def attach_gaussians(checkpoint: Path) -> None:
+    """Let the adapter have what one of `moe_lora_fused` has."""
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(mini_clip_path()), checkpoint)
+    selector = DiscriminantSelector(PatchTokens(1), means="classes", shared=(1.0,))
+    generator = torch.Generator().manual_seed(0)
+    for name in TASKS:
+        labels = torch.arange(60) % 2
+        features = torch.randn(60, 2 * model.config.vision_config.hidden_size, generator=generator)
+        selector.fit(name, [(features + labels[:, None], labels)])
+    model.attach_selector(selector)
+    model.save_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["moe_lora_merge", "moe_lora_fused"])
+def test_what_is_pushed_works_as_its_card_says(method, hub_here, monkeypatch, checkpoint, tmp_path) -> None:
     monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
     processor = CLIPProcessor.from_pretrained(mini_clip_path())
-    push_adapter(prepare_push("run"), checkpoint, [task(name) for name in TASKS], processor, results(), seed=1)
+    told = results()
+    told["methods"][method] = told["methods"]["moe_lora_merge"]
+    if fused := method == "moe_lora_fused":
+        attach_gaussians(checkpoint)
+    repo_id = prepare_push("run")
+    push_adapter(
+        repo_id, checkpoint, [task(name) for name in TASKS], processor, model_card(told, repo_id, method, seed=1)
+    )
     repo = hub_here.repos["model", "owner/run"]
     files = repo.commits[repo.branches["main"]]
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "classifier.json"} <= set(files)
@@ -148,14 +179,16 @@ def test_what_is_pushed_works_as_its_card_says(hub_here, monkeypatch, checkpoint
     assert done.returncode == 0, done.stderr
     clip = CLIPModel.from_pretrained(mini_clip_path())
     classes = {name: TaskClasses(names, ("a picture of a {}.",)) for name, names in TASKS.items()}
-    here = ContinualClassifier(PeftModel.from_pretrained(clip, checkpoint), processor, classes)
+    here = ContinualClassifier(PeftModel.from_pretrained(clip, checkpoint), processor, classes, fuse=fused)
+    assert fused == ("fuse=True" in snippet) == ("selector.safetensors" in files)
     assert done.stdout.strip() == here(tmp_path / "picture.jpg", task="pets").label
 
 
 @pytest.mark.slow
-def test_the_example_pushes_its_adapter(hub: LoopbackHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["moe_lora_merge", "moe_lora_fused"])
+def test_the_example_pushes_its_adapter(method: str, hub: LoopbackHub, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLE), "--suite", "mini", "--tasks", "shapes", "colors", "--steps", "30"]
-    command += ["--methods", "moe_lora_merge", "--num_experts", "4", "--r", "4", "--batch_size", "8", "--lr", "5e-3"]
+    command += ["--methods", method, "--num_experts", "4", "--r", "4", "--batch_size", "8", "--lr", "5e-3"]
     command += ["--push_to_hub", "owner/run"]
 
     def run(folder: str, token: str | None) -> subprocess.CompletedProcess:
@@ -171,15 +204,16 @@ def test_the_example_pushes_its_adapter(hub: LoopbackHub, tmp_path: Path) -> Non
     assert f"adapter: {hub.url}/owner/run/commit/" in pushed.stdout
     repo = hub.repos["model", "owner/run"]
     files = repo.commits[repo.branches["main"]]
-    weights = (tmp_path / "with" / "moe_lora_merge" / "seed_42" / "after_2" / "adapter_model.safetensors").read_bytes()
+    weights = (tmp_path / "with" / method / "seed_42" / "after_2" / "adapter_model.safetensors").read_bytes()
     assert (hub.folder / files["adapter_model.safetensors"].sha256).read_bytes() == weights
 
     # loaded by name in a process of its own, the classifier is as accurate as the run says
-    code = """
+    code = f"""
 from peft_moe_merge import ContinualClassifier
 from peft_moe_merge.mtil.data.mini import load_task, mini_clip_path
 from transformers import CLIPModel
-classifier = ContinualClassifier.from_pretrained("owner/run", clip=CLIPModel.from_pretrained(mini_clip_path()))
+classifier = ContinualClassifier.from_pretrained("owner/run", clip=CLIPModel.from_pretrained(mini_clip_path()),
+    fuse={method == "moe_lora_fused"})
 for task in ("shapes", "colors"):
     test = load_task(task, "test")
     names = test.features["label"].names
@@ -194,5 +228,5 @@ for task in ("shapes", "colors"):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "with" / "results.json").read_text())["methods"]["moe_lora_merge"][0]["matrix"][-1]
+    told = json.loads((tmp_path / "with" / "results.json").read_text())["methods"][method][0]["matrix"][-1]
     assert [float(line) for line in done.stdout.split()] == pytest.approx(told, abs=0.5)

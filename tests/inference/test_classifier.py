@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from peft_moe_merge import ContinualClassifier, MoELoraMergeConfig, TaskClasses
-from peft_moe_merge.inference.classifier import write_classes
+from peft_moe_merge.inference.classes import write_classes
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.selection import DiscriminantSelector, GaussianSelector
 

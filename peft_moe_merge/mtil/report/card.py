@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -12,8 +13,20 @@ from peft_moe_merge.report.tables import markdown
 from ..results import METRICS
 from .tables import DIFFERENCE_CAPTION, difference_rows, matrix_rows, summary_caption, summary_rows
 
-METHOD = "moe_lora_merge"
-"""The method whose adapters are published: those of the others are plain LoRAs, or all weights of a CLIP."""
+PUBLISHED = {
+    "moe_lora_fused": (
+        "Every task has experts of its own, which start from those of the tasks before, merged. The attached selector has a "
+        "Gaussian per class on what plain CLIP sees; `fuse=True` lets it have its say in the class."
+    ),
+    "moe_lora_warm": "Every task has experts of its own, which start from those of the tasks before, merged.",
+    "moe_lora_pool": "Every task has experts of its own.",
+    "moe_lora_merge": (
+        "The experts are shared by all tasks; those that are chosen most merge while a task trains "
+        "([arXiv 2405.11530](https://arxiv.org/abs/2405.11530))."
+    ),
+}
+"""The methods whose adapters are published, what we recommend first: those of the others are plain LoRAs, or all weights of a
+CLIP."""
 
 TAGS = ["peft", "moe", "continual-learning", "mixture-of-experts", "clip"]
 SETTINGS = (
@@ -26,6 +39,10 @@ SETTINGS = (
     "crop_scale",
     "label_smoothing",
     "mixed_precision",
+    "experts_per_task",
+    "pool_r",
+    "pool_lr",
+    "warm_lr",
     "num_experts",
     "top_k",
     "r",
@@ -40,22 +57,30 @@ SETTINGS = (
 """What a reader needs to weigh the numbers; paths and trackers of the run are left out."""
 
 
-def model_card(results: dict[str, Any], repo_id: str, seed: int, license: str = "apache-2.0") -> ModelCard:
-    """Write the card of the adapter that a run of `moe_lora_merge` ended with.
+def published(methods: Iterable[str]) -> str | None:
+    """Return whose adapter is to be published where several methods ran; None where none of them has one."""
+    return next((method for method in PUBLISHED if method in methods), None)
+
+
+def model_card(
+    results: dict[str, Any], repo_id: str, method: str, seed: int, license: str = "apache-2.0"
+) -> ModelCard:
+    """Write the card of the adapter that a run ended with.
 
     Args:
         results: the content of `results.json`.
         repo_id: `user/name` on the Hub.
-        seed: which of the runs.
+        method: one of `PUBLISHED`.
+        seed: which of its runs.
         license: of the adapter, as the Hub abbreviates it.
 
     Raises:
         ValueError: there is no such run.
     """
-    seeds = {run["seed"]: run for run in results["methods"].get(METHOD, [])}
+    seeds = {run["seed"]: run for run in results["methods"].get(method, [])}
     if seed not in seeds:
         raise ValueError(
-            f"There is no adapter of {METHOD} with seed {seed} in these results, which have its seeds {list(seeds)} and "
+            f"There is no adapter of {method} with seed {seed} in these results, which have its seeds {list(seeds)} and "
             f"the methods {list(results['methods'])}."
         )
     run, settings, tasks = seeds[seed], results.get("settings") or {}, results["tasks"]
@@ -75,8 +100,8 @@ def model_card(results: dict[str, Any], repo_id: str, seed: int, license: str = 
     text = f"""# {repo_id.rpartition("/")[2]}
 
 A mixture of LoRA experts with one router per task, which has learnt {len(tasks)} image classification tasks one after
-another: {", ".join(tasks)}. The experts of old tasks are kept; an image of no known task takes the untouched CLIP. Method:
-[arXiv 2405.11530](https://arxiv.org/abs/2405.11530), as a PEFT method in `peft_moe_merge`.
+another: {", ".join(tasks)}. The experts of old tasks are kept; an image of no known task takes the untouched CLIP.
+{PUBLISHED[method]} A PEFT method of `peft_moe_merge`, there called `{method}`.
 
 - Base model: {_base_in_words(settings, base)}
 - Adapter: {_sizes(run)}
@@ -85,7 +110,7 @@ another: {", ".join(tasks)}. The experts of old tasks are kept; an image of no k
 ## How to load it
 
 ```python
-{_loading(settings, base, repo_id, tasks[0])}
+{_loading(settings, base, repo_id, tasks[0], fused=method == "moe_lora_fused")}
 ```
 
 ## Accuracy
@@ -157,14 +182,14 @@ def _base_in_words(settings: dict[str, Any], base: str | None) -> str:
     return "a CLIP that is not on the Hub"
 
 
-def _loading(settings: dict[str, Any], base: str | None, repo_id: str, task: str) -> str:
+def _loading(settings: dict[str, Any], base: str | None, repo_id: str, task: str, fused: bool) -> str:
     lines = ["from peft import PeftModel", "from transformers import CLIPModel", ""]
     lines += ["from peft_moe_merge import ContinualClassifier"]
     clip = f'"{base}"' if base is not None else "path_of_the_clip"
     if settings.get("model") is None:
         lines += ["from peft_moe_merge.mtil.data.mini import mini_clip_path"]
         clip = "mini_clip_path()"
-    given = "" if base is not None else ", clip=clip"
+    given = ("" if base is not None else ", clip=clip") + (", fuse=True" if fused else "")
     return "\n".join(
         [
             *lines,
