@@ -5,12 +5,13 @@
     python benchmarks/serving.py --quick
 
 A request is a few images, each of another of the eleven mini tasks, as PIL images; the answer is a label for each. Threads
-take requests from one queue, and each calls the classifier by itself; torch works with one thread in each. Three contestants
+take requests from one queue, and each calls the classifier by itself; torch works with one thread in each. Four contestants
 answer the same requests in turns, round by round:
 
 - plain: CLIP's processor, its image tower, and the classes of all tasks, encoded once;
 - known: the classifier, told the task of each image;
-- chosen: the classifier, whose selector (a discriminant of hidden states after the second block, or that of `--depth`) chooses it.
+- chosen: the classifier, whose selector (a discriminant of hidden states after the second block, or that of `--depth`) chooses it;
+- fused: told the task, and a Gaussian per class on the tokens after plain CLIP's last block has a say (`fuse=True`).
 
 Printed are images a second, the median and the 99 % quantile of a request's time, and how many times plain CLIP's time the
 others take in the same round: by the clock, and by the processor's time, which others on the machine change least. The
@@ -42,6 +43,7 @@ from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import TASKS, load_task, mini_clip_path
 from peft_moe_merge.selection import Depths, DiscriminantSelector
+from peft_moe_merge.selection.features import TOKENS
 
 AIMS = {"known": 1.10, "chosen": 1.25}
 PER_TASK = 12  # images to fit the selector with, and as many to be asked about
@@ -74,26 +76,35 @@ def contestants(model: str, device: str, depth: int) -> dict[str, Answer]:
         shares_BC = (plain.logit_scale.exp() * features_BP @ classes_CP.T).softmax(dim=-1)
         return [names[label] for label in shares_BC.argmax(dim=1).tolist()]
 
-    torch.manual_seed(1)
-    config = MoELoraMergeConfig.pool(tasks=list(TASKS), init_weights=False)
-    adapted = get_peft_model(clip_of(model)[0], config).eval().to(device)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "routers" in name:
-                parameter.normal_()
-    selector = DiscriminantSelector(Depths((depth,)), shared=(1.0,), reject_rate=0)
-    for name in TASKS:
-        images = load_task(name, "train").shuffle(seed=0)[:PER_TASK]["image"]
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        selector.fit(name, adapted.frozen_features(selector.source, pixels))
-    adapted.attach_selector(selector)
-    told = {name: TaskClasses(of_task.classes, of_task.templates) for name, of_task in TASKS.items()}
-    classifier = ContinualClassifier(adapted, processor, told)
+    classifier = pool_of(model, device, DiscriminantSelector(Depths((depth,)), shared=(1.0,), reject_rate=0))
+    last = Depths((len(plain.vision_model.encoder.layers),), tuple(TOKENS))
+    gaussians = DiscriminantSelector(last, means="classes", shared=(1.0,), reject_rate=0)
+    fused = pool_of(model, device, gaussians, fuse=True)
     return {
         "plain": answer,
         "known": lambda images, tasks: classifier(images, task=tasks),
         "chosen": lambda images, tasks: classifier(images),
+        "fused": lambda images, tasks: fused(images, task=tasks),
     }
+
+
+def pool_of(model: str, device: str, selector: DiscriminantSelector, **how: Any) -> ContinualClassifier:
+    """Make a pool of random experts, with a selector fitted on a few images of every task."""
+    torch.manual_seed(1)
+    clip, processor = clip_of(model)
+    config = MoELoraMergeConfig.pool(tasks=list(TASKS), init_weights=False)
+    adapted = get_peft_model(clip, config).eval().to(device)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "routers" in name:
+                parameter.normal_()
+    for name in TASKS:
+        rows = load_task(name, "train").shuffle(seed=0)[:PER_TASK]
+        pixels = processor(images=rows["image"], return_tensors="pt")["pixel_values"].to(device)
+        selector.fit(name, [(adapted.frozen_features(selector.source, pixels), torch.tensor(rows["label"]))])
+    adapted.attach_selector(selector)
+    told = {name: TaskClasses(of_task.classes, of_task.templates) for name, of_task in TASKS.items()}
+    return ContinualClassifier(adapted, processor, told, **how)
 
 
 def requests_of(count: int, images: int) -> list[tuple[list[Image], list[str]]]:

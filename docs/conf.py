@@ -17,7 +17,7 @@ NAVIGATION = {
     "Guides": ["folder", "mtil", "choose", "inference", "hub", "distributed", "contributing"],
     "Reference": ["tuner", "stream"],
     "API": ["api/tuner", "api/callbacks", "api/selection", "api/inference", "api/wemoe", "api/mtil"],
-    "Measured": ["results", "merging", "selection", "wemoe", "router", "theory", "performance"],
+    "Measured": ["results", "merging", "selection", "fusion", "wemoe", "router", "theory", "performance"],
 }
 """Pages by headings. A page that is in none of them is at the end of the last."""
 

@@ -168,12 +168,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default=os.environ.get("ADAPTER"), help="user/name on the Hub, or a folder")
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="without --adapter: its newest adapter")
+    parser.add_argument("--fuse", action="store_true", help="let the adapter's selector have a say in the class, too")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
             if arguments.adapter:
-                classifier = ContinualClassifier.from_pretrained(arguments.adapter)
+                classifier = ContinualClassifier.from_pretrained(arguments.adapter, fuse=arguments.fuse)
                 pictures = sorted(str(path) for path in IMAGES.glob("*.*"))
             else:
                 classifier = embedded_classifier(newest_adapter(arguments.runs))

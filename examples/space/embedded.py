@@ -34,7 +34,8 @@ def newest_adapter(runs: Path) -> Path:
 
 
 def embedded_classifier(checkpoint: Path) -> ContinualClassifier:
-    """Load a checkpoint of the embedded benchmark, with a selector fitted on its training images, in seconds.
+    """Load a checkpoint of the embedded benchmark. One without a selector gets one, fitted on the training images in seconds;
+    one that brings its own (`moe_lora_fused`) lets it have a say in the class, too.
 
     Raises:
         ValueError: the checkpoint is of another suite, whose classes and images are not here.
@@ -47,9 +48,11 @@ def embedded_classifier(checkpoint: Path) -> ContinualClassifier:
         )
     processor = CLIPProcessor.from_pretrained(mini_clip_path())
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(mini_clip_path()), checkpoint).eval()
-    model.attach_selector(fitted_selector(model, processor, tasks))
+    brings_its_own = model.task_selector is not None
+    if not brings_its_own:
+        model.attach_selector(fitted_selector(model, processor, tasks))
     classes = {name: TaskClasses(TASKS[name].classes, TASKS[name].templates) for name in tasks}
-    return ContinualClassifier(model, processor, classes)
+    return ContinualClassifier(model, processor, classes, fuse=brings_its_own)
 
 
 @torch.no_grad()

@@ -81,6 +81,8 @@ def look(
     plain = classifier(image, task=NONE, candidates=names or _classes_of(classifier, answer.task))
     end = perf_counter()
     reasons, scores = _reasons(classifier, image, names, task, answer.task)
+    if classifier.fuse and answer.task is not None:
+        reasons.append("Among its classes the selector had a say, too.")
     # blocks of the prompts are there too, where class names were encoded on the way
     gates = {block: passes[-1][0].tolist() for block, passes in recorded.items() if VISION in block}
     return Look(

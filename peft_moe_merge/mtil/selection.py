@@ -153,6 +153,7 @@ class StreamSelectors:
     def __init__(self, settings: SelectorSettings):
         self.settings = settings
         self.selectors = settings.build()
+        self._texts: EncodedClasses = {}  # by routes that stay as they are
 
     def save(self, folder: Path, in_parts: bool = False) -> None:
         """Write all selectors, each into a folder of its name, see `save_selector`."""
@@ -181,7 +182,7 @@ class StreamSelectors:
                 kept.append(tuple(tensor.cpu() for tensor in gathered))
         texts_CP = None
         if "text" in self.selectors:
-            texts_CP = RouteTexts(method, LabelSpace.of_task(task), accelerator)[NONE].cpu()
+            texts_CP = RouteTexts(method, LabelSpace.of_task(task), accelerator, {})[NONE].cpu()
         for selector in self.selectors.values():
             selector.fit(task.name, collected[selector.source], texts_CP)
 
@@ -229,15 +230,16 @@ class StreamSelectors:
         confusion_JVN = torch.zeros(len(tasks), len(variants), len(tasks) + 1, dtype=torch.int64)
         margins, unknown = [], []
         known_classes = [known.class_names for known in tasks[:learnt]]
+        encoded = self._texts if method.routes_stay else {}
         asked, among = {}, {}
         if all_classes is not None:
             asked["x_tail"] = tasks_of_candidates(all_classes.names, known_classes)
-            among["all"] = RouteTexts(method, all_classes, accelerator)
+            among["all"] = RouteTexts(method, all_classes, accelerator, encoded)
             among["own"] = among["all"].of_own_classes()
         for position, task in enumerate(tasks):
             batches = accelerator.prepare(settings.eval_batches(task.test, method.processor.image_processor))
             asked["mtil"] = tasks_of_candidates(task.class_names, known_classes)
-            among["data set"] = RouteTexts(method, LabelSpace.of_task(task), accelerator)
+            among["data set"] = RouteTexts(method, LabelSpace.of_task(task), accelerator, encoded)
             hits = torch.zeros(len(variants))
             total = 0
             for batch in self._bar(batches, f"selecting on {task.name}", accelerator):
@@ -361,13 +363,24 @@ def _decide_among(scores_BT: Tensor, bars_BT: Tensor, evidence: Candidates) -> t
     return decide(scores_BT, bars_BT, allowed=evidence.allowed)
 
 
-class RouteTexts:
-    """The classes of a label space as each route encodes them, C x P; each is encoded when it is first asked for."""
+EncodedClasses = dict[int, dict[tuple[str, ...], Tensor]]
+"""By route, the features of classes, P each, by their prompts."""
 
-    def __init__(self, method: Routed, space: LabelSpace, accelerator: Accelerator):
+
+class RouteTexts:
+    """The classes of a label space as each route encodes them, C x P; each is encoded when it is first asked for.
+
+    Args:
+        method: whose routes.
+        space: the classes.
+        accelerator: device and precision.
+        encoded: those that routes have encoded, for other spaces, too; it grows.
+    """
+
+    def __init__(self, method: Routed, space: LabelSpace, accelerator: Accelerator, encoded: EncodedClasses):
         self.method, self.space, self.accelerator = method, space, accelerator
         self.own_classes = False
-        self._encoded: dict[int, Tensor] = {}
+        self.encoded = encoded
 
     def of_own_classes(self) -> RouteTexts:
         """Return the same where a route tells its task's own classes apart and no others."""
@@ -376,12 +389,13 @@ class RouteTexts:
         return narrow
 
     def __getitem__(self, router: int) -> Tensor:
-        if router not in self._encoded:
+        by_prompts = self.encoded.setdefault(router, {})
+        if missing := [prompts for prompts in self.space.prompts if prompts not in by_prompts]:
             self.method.set_task(None if router == NONE else self.method.learnt[router])
             with self.accelerator.autocast():
-                classes_CP = self.method.encode_classes(self.space.prompts, self.accelerator.device)
-            self._encoded[router] = classes_CP
-        return self._encoded[router]
+                classes_CP = self.method.encode_classes(missing, self.accelerator.device)
+            by_prompts |= zip(missing, classes_CP, strict=True)
+        return torch.stack([by_prompts[prompts] for prompts in self.space.prompts])
 
     def narrowed(self, logits_BC: Tensor, router: int) -> Tensor:
         """Rule out the classes that a route does not tell apart."""

@@ -170,6 +170,16 @@ def test_a_checkpoint_of_the_embedded_benchmark_gets_classes_and_a_selector(adap
     assert list(sample_images(["digits", "food"])) == ["digits", "food"]
 
 
+def test_a_selector_that_a_checkpoint_brings_has_a_say_in_the_class(adapter):
+    """As `moe_lora_fused` leaves it."""
+    loaded = embedded_classifier(adapter)
+    fused = ContinualClassifier.from_pretrained(adapter, fuse=True)
+    (image,) = images("digits", 1)
+    seen = look(loaded, image)
+    assert seen.answer == fused(image) and seen.answer != ContinualClassifier.from_pretrained(adapter)(image)
+    assert seen.reasons[-1] == "Among its classes the selector had a say, too."
+
+
 def test_without_an_adapter_the_way_out_is_said(adapter, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"`make demo` trains one; or name one of the Hub by `--adapter user/name`"

@@ -51,9 +51,11 @@ class Routed(Protocol):
 
     Attributes:
         learnt: the tasks that have routes, in order; a task's position is its id, and -1 is the model without any.
+        routes_stay: whether a route never changes once its task has been learnt, so that class texts stay encoded.
     """
 
     learnt: list[str]
+    routes_stay: bool
 
     def set_task(self, task: str | None) -> None:
         """Let a task's route encode from now on, or the model without any."""
@@ -88,12 +90,14 @@ class Method(ABC):
         model: what is trained, and saved.
         trains: whether it takes optimizer steps.
         shardable: whether a copy of its model can be trained in parts (FSDP2), all else that the method holds being whole.
+        routes_stay: see `Routed`.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[Settings]] = Settings
     trains: ClassVar[bool] = True
     shardable: ClassVar[bool] = True
+    routes_stay: bool = False
 
     def __init__(self, clip: CLIPModel, processor: CLIPProcessor, settings: Any):
         self.model: nn.Module = clip

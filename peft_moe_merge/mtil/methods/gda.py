@@ -19,6 +19,7 @@ class PlainRoutes(Method):
     """CLIP as it is, by whatever route."""
 
     trains = False
+    routes_stay = True
 
     @property
     def learnt(self) -> list[str]:

@@ -35,6 +35,7 @@ class LoraPerTask(Method):
 
     name = "lora_per_task"
     settings_class = LoraSettings
+    routes_stay = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -78,7 +79,7 @@ class LoraPerTask(Method):
         for task in task_ids.unique().tolist():
             self.set_task(None if task == NONE else self.learnt[task])
             rows = (task_ids == task).nonzero().flatten()
-            found |= zip(rows.tolist(), self.image_features(pixel_values[rows]), strict=True)
+            found |= zip(rows.tolist(), super().image_features(pixel_values[rows]), strict=True)
         self.set_task(before)
         return torch.stack([found[row] for row in range(len(task_ids))])
 

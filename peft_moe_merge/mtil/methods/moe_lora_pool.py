@@ -78,6 +78,11 @@ class MoELoraPool(RoutedByTask):
         self.merging = ExpertMergeCallback(None, self.settings.experts_per_task)
         self.callbacks = [self.merging]
 
+    @property
+    def routes_stay(self) -> bool:
+        """Whether no old experts ever merge."""
+        return self.settings.max_experts is None
+
     @classmethod
     def check(cls, settings: Any, tasks: Sequence[Task]) -> None:
         own, bound = settings.experts_per_task, settings.max_experts

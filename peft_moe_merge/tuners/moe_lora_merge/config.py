@@ -294,12 +294,17 @@ class MoELoraMergeConfig(AdapterConfig):
                 "merge_strategy='product' sums linear updates, but experts with expert_activation="
                 f"{self.expert_activation!r} are not linear: use expert_activation='identity', or 'average' or 'aligned'."
             )
-        if self.expert_start == "merged" and not (reserved and self.expert_activation == "identity"):
+        if self.expert_start == "merged" and not self.own_linear_experts:
             raise ValueError(
                 "expert_start='merged' starts a task's own experts from the sum of earlier tasks' linear updates, but here "
                 f"task_experts={self.task_experts!r} and expert_activation={self.expert_activation!r}: use 'reserved' and "
                 "'identity', as `MoELoraMergeConfig.pool()` does, or expert_start='fresh'."
             )
+
+    @property
+    def own_linear_experts(self) -> bool:
+        """Whether tasks have experts of their own, and these are plain low-rank updates, which can be summed."""
+        return self.task_experts == "reserved" and self.expert_activation == "identity"
 
     @property
     def current_index(self) -> int | None:

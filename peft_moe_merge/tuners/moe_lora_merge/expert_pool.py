@@ -84,7 +84,7 @@ class ExpertPool:
                 task's; experts are shared or not linear.
         """
         config, index = self._config, self._task_index(task)
-        if config.task_experts != "reserved" or config.expert_activation != "identity":
+        if not config.own_linear_experts:
             raise ValueError(
                 f"Experts can't start from others where task_experts={config.task_experts!r} and expert_activation="
                 f"{config.expert_activation!r}: use 'reserved' and 'identity', as `MoELoraMergeConfig.pool()` does."
