@@ -45,7 +45,7 @@ NAMES = {
     "inflora",
     "coda_prompt",
     "sema",
-    "gda",
+    "slda",
     "lora_fused",
     "moe_lora_fused",
 }
@@ -92,7 +92,7 @@ def test_runs_and_resumes_to_the_last_bit(name, run, tmp_path):
     assert [len(row) for row in straight.matrix] == [count] * count
     assert len(straight.losses) == (count if METHODS[name].trains else 0)
     assert all(np.isfinite(losses).all() and len(losses) == 3 for losses in straight.losses)
-    assert (straight.trainable_parameters > 0) == (name != "gda") and straight.stored_bytes > 0
+    assert (straight.trainable_parameters > 0) == (name != "slda") and straight.stored_bytes > 0
 
     run(name, folder="resumed", count=count, stop_after=count - 1)
     resumed = run(name, folder="resumed", count=count, resume=True)
@@ -113,7 +113,7 @@ def test_learning_rate(name, make):
     rates = {"full_lr": 2e-5, "lora_lr": 3e-5, "pool_lr": 5e-5, "inflora_lr": 6e-5, "coda_lr": 7e-5, "sema_lr": 8e-5}
     settings = MethodSettings(**rates, warm_lr=9e-5)
     expected = dict.fromkeys(METHODS, 2e-5)
-    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot", "rail", "gda"), 4e-3)
+    expected |= dict.fromkeys(("moe_adapters", "moe_lora_merge", "zero_shot", "rail", "slda"), 4e-3)
     expected |= dict.fromkeys(("lora", "lora_per_task", "lora_fused", "o_lora", "lora_soup", "magmax"), 3e-5) | {
         "moe_lora_pool": 5e-5,
         "moe_lora_warm": 9e-5,

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPModel
 
-from peft_moe_merge.selection import Depths, DiscriminantSelector, fuse, load_selector, save_selector
+from peft_moe_merge.selection import Depths, DiscriminantSelector, FeatureSource, fuse, load_selector, save_selector
 from peft_moe_merge.selection.features import TOKENS
 
 from ..data.batches import eval_batches
@@ -19,12 +20,33 @@ from ..data.task import Task
 from .base import Method
 
 
+def gaussians_for(clip: CLIPModel) -> DiscriminantSelector:
+    """Make what keeps a Gaussian per class of the tokens after the last block, with one covariance for all."""
+    last = len(clip.vision_model.encoder.layers)
+    return DiscriminantSelector(Depths((last,), tuple(TOKENS)), means="classes", shared=(1.0,))
+
+
+def seen_by_clip(method: Method, source: FeatureSource, pixel_values: Tensor) -> Tensor:
+    """Compute a method's frozen features, in full precision: B x F."""
+    with torch.autocast(pixel_values.device.type, enabled=False):
+        return method.frozen_features(source, pixel_values)
+
+
+@torch.no_grad()
+def labelled_features(method: Method, source: FeatureSource, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through a task's training images once, without augmentation: their frozen features and labels, batch by batch."""
+    method.model.eval()
+    device = next(method.model.parameters()).device
+    for batch in eval_batches(task.train, method.processor.image_processor, batch_size=64):
+        yield seen_by_clip(method, source, batch["pixel_values"].to(device)), batch["labels"]
+
+
 class Fused(Method):
     """Besides what a method learns, a Gaussian per class on what plain CLIP sees after its last block, see `fuse`.
 
-    Put before a method that has routes. When a task ends its training images are looked at once, without augmentation; kept of them
-    are the means of its classes, a share of the covariance that all tasks have in common, and a few images' features for the
-    temperature. So nothing of it is forgotten. An image is encoded twice: by its task's route and by plain CLIP.
+    Put before a method that has routes. When a task ends its training images are looked at once, without augmentation; kept of
+    them are the means of its classes, a share of the covariance that all tasks have in common, and a few images' features for
+    the temperature. So nothing of it is forgotten. An image is encoded twice: by its task's route and by plain CLIP.
 
     Attributes:
         gaussians: of the tasks so far. It is a task selector, too.
@@ -32,8 +54,7 @@ class Fused(Method):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        last = len(self.model.vision_model.encoder.layers)
-        self.gaussians = DiscriminantSelector(Depths((last,), tuple(TOKENS)), means="classes", shared=(1.0,))
+        self.gaussians = gaussians_for(self.model)
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -41,23 +62,7 @@ class Fused(Method):
 
     def end_task(self) -> None:
         super().end_task()
-        self.fit_gaussians(self.task)
-
-    def fit_gaussians(self, task: Task) -> None:
-        """Learn a task's classes from its training images."""
-        self.model.eval()
-        self.gaussians.fit(task.name, self._labelled_features(task))
-
-    @torch.no_grad()
-    def _labelled_features(self, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-        device = next(self.model.parameters()).device
-        for batch in eval_batches(task.train, self.processor.image_processor, batch_size=64):
-            yield self.seen_by_clip(batch["pixel_values"].to(device)), batch["labels"]
-
-    def seen_by_clip(self, pixel_values: Tensor) -> Tensor:
-        """Compute what the Gaussians are of, in full precision: B x F."""
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.frozen_features(self.gaussians.source, pixel_values)
+        self.gaussians.fit(self.task.name, labelled_features(self, self.gaussians.source, self.task))
 
     def class_features(self, task: Task, device: torch.device) -> Tensor:
         """Encode the classes. Those of a learnt task are unit vectors C x C then, as its images are scores."""
@@ -72,7 +77,8 @@ class Fused(Method):
             return features_BP
         task, classes_CP = self.asked
         logits_BC = self.model.logit_scale.exp().float() * features_BP @ classes_CP.T
-        return fuse(logits_BC, *self.gaussians.class_posterior(self.seen_by_clip(pixel_values), task))
+        x_BF = seen_by_clip(self, self.gaussians.source, pixel_values)
+        return fuse(logits_BC, *self.gaussians.class_posterior(x_BF, task))
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -7,6 +7,6 @@ from .lora_per_task import LoraPerTask
 
 
 class LoraFused(Fused, LoraPerTask):
-    """`lora_per_task` and `gda` in one: what fusing does for the ceiling."""
+    """`lora_per_task` and `slda` in one: what fusing does for the ceiling."""
 
     name = "lora_fused"

@@ -9,7 +9,7 @@ from .moe_lora_warm import MoELoraWarm
 
 
 class MoELoraFused(Fused, MoELoraWarm):
-    """`moe_lora_warm` and `gda` in one: experts learn as there, and a Gaussian per class has its say in the end.
+    """`moe_lora_warm` and `slda` in one: experts learn as there, and a Gaussian per class has its say in the end.
 
     The adapter it leaves has the Gaussians as its task selector: `ContinualClassifier.from_pretrained(folder, fuse=True)`.
     """
