@@ -82,6 +82,9 @@ def outcome(folder):
         "icarl": {"extra_batch_size": 8, "exemplars": 20},
         "der_pp": {"extra_batch_size": 8, "exemplars": 20},
         "rail": {"rail_features": 96},
+        "slda": {},
+        "moe_lora_fused": {},
+        "lora_fused": {"lora_r": 4},
         "zero_shot": {},
     }.items(),
 )
