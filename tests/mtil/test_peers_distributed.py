@@ -37,7 +37,9 @@ def learn(name, folder):
     accelerator.end_training()
 
 
-@pytest.mark.parametrize("name", ["der_pp", "o_lora", "inflora", "rail", "slda", "moe_lora_fused", "coda_prompt", "sema"])
+@pytest.mark.parametrize(
+    "name", ["der_pp", "o_lora", "inflora", "rail", "slda", "moe_lora_fused", "coda_prompt", "sema"]
+)
 def test_two_processes_keep_the_same_and_resume(name, tmp_path):
     run_together(2, learn, name, tmp_path)
     folders = [tmp_path / "straight" / "after_3", tmp_path / "resumed" / "after_3"]
