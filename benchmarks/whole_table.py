@@ -41,7 +41,7 @@ from peft_moe_merge.report.statistics import (
 from peft_moe_merge.report.tables import Rows, difference, markdown, number, print_table, spread, terminal
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mtil.py"
-OURS, CEILING = ("moe_lora_pool", "moe_lora_warm"), "lora_per_task"
+OURS, CEILING = ("moe_lora_pool", "moe_lora_warm", "moe_lora_fused"), "lora_per_task"
 PRIMARY = ("average", "last")
 SEEDS = [100, 101, 102, 103, 104, 105]
 KEPT = ("seed", "matrix", "seconds", "trainable_parameters", "stored_bytes", "x_tail")
