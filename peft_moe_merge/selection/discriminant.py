@@ -279,12 +279,12 @@ class DiscriminantSelector(IncrementalSelector):
         super()._calibrate(device)
         if not self.needs_labels:
             return
-        scores, labels = [], []
+        made, scores, labels = self.prepared(device), [], []
         for task, own in enumerate(self.own):
             fitted = own["counts"] > 0
             rows = [row for row, label in enumerate(own["kept_labels"].tolist()) if fitted[label : label + 1].any()]
             column_of_label = fitted.cumsum(0) - 1
-            scores.append(self._prepared[device].class_fits(own["kept"][rows].to(device), task).double().cpu())
+            scores.append(made.class_fits(own["kept"][rows].to(device), task).double().cpu())
             labels.append(column_of_label[own["kept_labels"][rows]])
         self.class_temperature = best_temperature(scores, labels)
 

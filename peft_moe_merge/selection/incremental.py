@@ -5,6 +5,7 @@ Shapes: B images, K images kept for calibration, F features, T tasks, R routes (
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from .base import NONE, Batches, Selector
 from .features import FeatureSource
 
 State = dict[str, Tensor]
+
+PREPARING = threading.RLock()
+"""Held while a selector is made ready to score; the one for all, so that selectors can be copied."""
 
 UNKNOWN = 0.2
 """How likely an image is of none of the tasks although it reaches the threshold of one."""
@@ -60,6 +64,7 @@ class IncrementalSelector(Selector):
             raise ValueError(f"`thresholds_by` must be 'task' or 'all', got {thresholds_by!r}.")
         self.calibration = calibration
         self.thresholds_by = thresholds_by
+        self._in_calibration: Any = None
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "calibration": self.calibration, "thresholds_by": self.thresholds_by}
@@ -174,11 +179,19 @@ class IncrementalSelector(Selector):
         return scores_BT - known_BT + super().bars(features_BF, scores_BT, together)
 
     def prepared(self, device: torch.device) -> Any:
-        if device not in self._prepared:
-            self._prepared[device] = self._prepare(device)
-            if len(self._prepared) == 1:
-                self._calibrate(device)
-        return self._prepared[device]
+        made = self._prepared.get(device)
+        if made is None:
+            with PREPARING:  # what another thread finds prepared must be calibrated, too
+                made = self._prepared.get(device) or self._in_calibration
+                if made is None:
+                    made = self._in_calibration = self._prepare(device)
+                    try:
+                        if not self._prepared:
+                            self._calibrate(device)
+                    finally:
+                        self._in_calibration = None
+                    self._prepared[device] = made
+        return made
 
     @torch.no_grad()
     def posterior(

@@ -1,6 +1,9 @@
 """What CLIP says of classes and what their Gaussians say, as one."""
 
+import copy
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -112,6 +115,29 @@ def test_classes_that_nothing_is_known_of_keep_what_clip_gives_them():
     expected = [clip[0, 0] * 0.1 / shared * mass, clip[0, 1], clip[0, 2] * 0.9 / shared * mass, 0.0]
     torch.testing.assert_close(fused[0], torch.stack([torch.as_tensor(value) for value in expected]))
     torch.testing.assert_close(fused[1], clip[1])  # both known ones are ruled out
+
+
+def test_no_thread_finds_a_selector_that_is_half_ready(tmp_path, monkeypatch):
+    """The first call calibrates; those of other threads that come meanwhile wait for it."""
+    save_selector(fitted(shared=(1.0,)), tmp_path)
+    x, _ = images(0, 20, seed=3)
+
+    def asked(selector):
+        return selector.posterior(x), selector.class_posterior(x, 0)[1], selector.judge(x)[1]
+
+    expected = asked(load_selector(tmp_path))
+    calibrate = DiscriminantSelector._calibrate
+
+    def slowly(selector, device):
+        time.sleep(0.2)
+        calibrate(selector, device)
+
+    monkeypatch.setattr(DiscriminantSelector, "_calibrate", slowly)
+    selector = load_selector(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: asked(selector), range(8)):
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert copy.deepcopy(selector).tasks == selector.tasks
 
 
 def test_errors_name_the_way_out():
