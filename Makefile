@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/mtil.py --methods zero_shot moe_lora_merge moe_lora_pool lora_per_task \
+		examples/mtil.py --methods zero_shot moe_lora_merge lora_per_task slda moe_lora_fused \
 		--steps 60 --batch_size 32 --lr 2e-2 --num_experts 20 --merge_every 20 --output_dir runs/demo
 
 # the page of examples/space on what `make demo` left; any other adapter: make space ADAPTER=user/name
