@@ -137,6 +137,7 @@ class DiscriminantSelector(IncrementalSelector):
     correlations, while variances stay. `shared=1` is linear discriminant analysis, `shared=0` quadratic.
 
     Both are chosen on the images kept for calibration: the least cross-entropy of the tasks, at the best temperature.
+    With a mean per class it tells the classes of a task apart, too, see `class_posterior`.
 
     Args:
         source, reject_rate, held_out, per_batch, seed, calibration: see `IncrementalSelector`.
