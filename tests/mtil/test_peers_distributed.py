@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from processes import run_together
 from safetensors.torch import load_file
 from small_methods import SETTINGS
@@ -12,6 +12,7 @@ from peft_moe_merge.mtil.clip import small_clip
 from peft_moe_merge.mtil.data.suites import load_suite
 from peft_moe_merge.mtil.methods import METHODS
 from peft_moe_merge.mtil.stream import Stream, StreamSettings
+from peft_moe_merge.selection import load_selector
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +53,20 @@ def test_two_processes_keep_the_same_and_resume(name, tmp_path):
             assert tensors.keys() == others.keys()
             for key, tensor in tensors.items():
                 assert torch.equal(tensor, others[key]), (folder.name, key)
+
+
+def test_two_processes_share_the_images_that_gaussians_are_of(tmp_path):
+    """Together they come to the sums of one."""
+    run_together(2, learn, "slda", tmp_path)
+    tasks = load_suite("digits", few_shot=16)
+    set_seed(3)
+    alone = METHODS["slda"](
+        *small_clip([prompt for task in tasks for prompt in task.prompts(task.templates[0])]), SETTINGS
+    )
+    for task in tasks:
+        alone.learn(task)
+    together = load_selector(tmp_path / "straight" / "after_3")
+    for own, other in zip(alone.gaussians.own, together.own, strict=True):
+        assert own["images"] == other["images"] and torch.equal(own["counts"], other["counts"])
+        torch.testing.assert_close(own["means"], other["means"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone.gaussians.shared["scatter"], together.shared["scatter"], rtol=1e-4, atol=1e-4)

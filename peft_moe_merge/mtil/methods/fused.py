@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -18,6 +21,8 @@ from peft_moe_merge.selection.features import TOKENS
 from ..data.batches import eval_batches
 from ..data.task import Task
 from .base import Method
+
+BATCH = 64
 
 
 def gaussians_for(clip: CLIPModel) -> DiscriminantSelector:
@@ -34,11 +39,20 @@ def seen_by_clip(method: Method, source: FeatureSource, pixel_values: Tensor) ->
 
 @torch.no_grad()
 def labelled_features(method: Method, source: FeatureSource, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go through a task's training images once, without augmentation: their frozen features and labels, batch by batch."""
+    """Go through a task's training images once, without augmentation: their frozen features and labels, batch by batch.
+
+    Several processes share the images, and each gets the features of all.
+    """
     method.model.eval()
-    device = next(method.model.parameters()).device
-    for batch in eval_batches(task.train, method.processor.image_processor, batch_size=64):
-        yield seen_by_clip(method, source, batch["pixel_values"].to(device)), batch["labels"]
+    device, state = next(method.model.parameters()).device, PartialState()
+    own = task.train.select(range(state.process_index, len(task.train), state.num_processes))
+    batches = iter(eval_batches(own, method.processor.image_processor, batch_size=BATCH))
+    for _ in range(math.ceil(len(task.train) / (BATCH * state.num_processes))):
+        found = []
+        if (batch := next(batches, None)) is not None:  # the last one is not everybody's
+            features_BF = seen_by_clip(method, source, batch["pixel_values"].to(device))
+            found.append((features_BF.cpu(), batch["labels"].cpu()))
+        yield from gather_object(found)
 
 
 class Fused(Method):
