@@ -251,10 +251,16 @@ class ContinualClassifier:
 
     def _columns(self, task: int, known: list[int], labels: list[str]) -> tuple[list[int], list[int]]:
         """Find the classes of a task that are asked about: where in `labels`, and where among the `known` ones they are."""
-        rows = {same_name(label): row for row, label in enumerate(labels)}
-        names = [same_name(self.tasks[self._names[task]].class_names[label]) for label in known]
-        asked = [column for column, name in enumerate(names) if name in rows]
-        return [rows[names[column]] for column in asked], asked
+        rows = {same_name(label): row for row, label in enumerate(labels)} | {
+            label: r for r, label in enumerate(labels)
+        }
+        names = self.tasks[self._names[task]].class_names
+        asked: dict[int, int] = {}
+        for column, label in enumerate(known):
+            row = rows.get(names[label], rows.get(same_name(names[label])))
+            if row is not None:
+                asked.setdefault(row, column)  # of names that differ in case alone, the first
+        return list(asked), list(asked.values())
 
     def _select(self, pixels: Tensor, evidence: Candidates | None, seen_BF: Tensor | None) -> Tensor:
         """Let candidates and selector choose: the share of each route, B x R."""

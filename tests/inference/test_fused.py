@@ -71,6 +71,12 @@ def test_candidates(processor, selector):
     del prompts["rabbit"]
     found = classifier(image, task="pets", candidates=["ship", "dog", "cat"]).probabilities
     assert found == pytest.approx(fused(reference, processor, selector, image, "pets", prompts), abs=1e-4)
+    spelt = classifier(image, task="pets", candidates=["ship", "Dog", "CAT"])
+    assert list(spelt.probabilities) == ["ship", "Dog", "CAT"]
+    in_capitals = {"ship": ["a photo of a ship."], "Dog": ["a photo of a Dog.", "a drawing of the Dog."]}
+    in_capitals |= {"CAT": ["a photo of a CAT.", "a drawing of the CAT."]}
+    clip = probabilities(reference, processor, image, "pets", in_capitals)
+    assert spelt.probabilities == pytest.approx(clip, abs=1e-4), "one class is known alone: it shares with none"
     plain = ContinualClassifier(model, processor, TASKS)
     for candidates in (["ship", "car"], ["dog", "car"]):  # of which no image was seen
         one, other = (each(image, task="pets", candidates=candidates) for each in (classifier, plain))
@@ -115,3 +121,17 @@ def test_errors_name_the_way_out(processor, selector):
     model.attach_selector(selector)
     with pytest.raises(ValueError, match=r"labels up to 2 of task 'pets', for which 2 classes are named"):
         ContinualClassifier(model, processor, {**TASKS, "pets": ["cat", "dog"]}, fuse=True)
+
+
+def test_class_names_that_differ_in_case_alone(processor, selector):
+    """Each is its own class where the task's classes are asked about as they are."""
+    model, names = adapted(), {**TASKS, "shapes": ["Cat", "cat"]}
+    model.attach_selector(selector)
+    fused, plain = (ContinualClassifier(model, processor, names, fuse=fuse) for fuse in (True, False))
+    image = pictures(1)[0]
+    x = model.frozen_features(selector.source, pixels_of(processor, image))
+    _, posterior = selector.class_posterior(x, 1)
+    clip = plain(image, task="shapes").probabilities
+    product = [clip[name] * p for name, p in zip(names["shapes"], posterior[0].exp().tolist(), strict=True)]
+    expected = {name: p / sum(product) for name, p in zip(names["shapes"], product, strict=True)}
+    assert fused(image, task="shapes").probabilities == pytest.approx(expected, abs=1e-4)
