@@ -19,6 +19,8 @@ from .incremental import IncrementalSelector, State, best_temperature
 from .moments import Moments
 
 TEMPERATURES = torch.logspace(-4, 1, 21, dtype=torch.float64)
+NO_SAY = 1e-3
+"""How far the logarithms of classes may lie apart where no image could be kept to find a temperature by."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class DiscriminantSelector(IncrementalSelector):
     """
 
     kind = "discriminant"
-    class_temperature: float = 1.0
+    class_temperature: float | None = None
     shared_names = ("scatter",)
 
     def __init__(
@@ -247,7 +249,8 @@ class DiscriminantSelector(IncrementalSelector):
         """Return how likely each image of a task is of each of its classes, for `fuse`.
 
         That is `softmax(temperature * fits)`, classes alike, with the temperature that fits the images kept best (of all
-        tasks, tasks alike).
+        tasks, tasks alike). Where none could be kept, as with one image a class, all classes are nearly alike, in
+        their order.
 
         Args:
             features_BF: of the images.
@@ -272,8 +275,13 @@ class DiscriminantSelector(IncrementalSelector):
         made = self.prepared(features_BF.device)
         with torch.autocast(features_BF.device.type, enabled=False):
             fits_BC = made.class_fits(features_BF.float(), task)
+        if self.class_temperature is None:
+            fits_BC = fits_BC - fits_BC.mean(dim=1, keepdim=True)
+            fits_BC = NO_SAY * F.normalize(fits_BC, p=torch.inf, dim=1)
+        else:
+            fits_BC = self.class_temperature * fits_BC
         labels_C = (self.own[task]["counts"] > 0).nonzero().squeeze(1)
-        return labels_C.to(features_BF.device), (self.class_temperature * fits_BC).log_softmax(dim=1)
+        return labels_C.to(features_BF.device), fits_BC.log_softmax(dim=1)
 
     @torch.no_grad()
     def _calibrate(self, device: torch.device) -> None:
@@ -287,7 +295,7 @@ class DiscriminantSelector(IncrementalSelector):
             column_of_label = fitted.cumsum(0) - 1
             scores.append(made.class_fits(own["kept"][rows].to(device), task).double().cpu())
             labels.append(column_of_label[own["kept_labels"][rows]])
-        self.class_temperature = best_temperature(scores, labels)
+        self.class_temperature = best_temperature(scores, labels) if any(map(len, scores)) else None
 
     def _prepare(self, device: torch.device) -> Separate | Common:
         share, intensity, _ = self.choose()

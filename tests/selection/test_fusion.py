@@ -93,6 +93,17 @@ def test_a_class_whose_images_are_all_held_out_is_left_out_of_the_calibration():
     assert columns.tolist() == list(range(CLASSES - 1)) and posterior.isfinite().all()
 
 
+def test_one_image_a_class_has_no_say():
+    """Nothing tells how sure to be: CLIP's probabilities stay, and alone the nearest mean still comes first."""
+    selector = DiscriminantSelector(means="classes", shared=(1.0,), held_out=1e-9)
+    x = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0))
+    selector.fit("any", [(x, torch.arange(CLASSES))])
+    logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(1))
+    columns, posterior = selector.class_posterior(x + 0.1, 0)
+    assert posterior.argmax(dim=1).tolist() == list(range(CLASSES))
+    torch.testing.assert_close(fuse(logits, columns, posterior), logits.log_softmax(dim=1), rtol=1e-3, atol=1e-3)
+
+
 def test_fused_is_the_product_of_two_probabilities():
     generator = torch.Generator().manual_seed(0)
     logits, evidence = (torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
