@@ -58,9 +58,9 @@ def labelled_features(method: Method, source: FeatureSource, task: Task) -> Iter
 class Fused(Method):
     """Besides what a method learns, a Gaussian per class on what plain CLIP sees after its last block, see `fuse`.
 
-    Put before a method that has routes. When a task ends its training images are looked at once, without augmentation; kept of
-    them are the means of its classes, a share of the covariance that all tasks have in common, and a few images' features for
-    the temperature. So nothing of it is forgotten. An image is encoded twice: by its task's route and by plain CLIP.
+    Put before a method that has routes. When a task ends its training images are looked at once, without augmentation. Kept of
+    them are the means of its classes, which never change, their share of the covariance that all tasks have in common, and a
+    few images' features for the temperature. An image is encoded twice: by its task's route and by plain CLIP.
 
     Attributes:
         gaussians: of the tasks so far. It is a task selector, too.
