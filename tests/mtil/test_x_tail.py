@@ -218,7 +218,13 @@ def test_the_protocol_changes_no_other_number(name, selectors, tasks, routed, tm
     assert (mtil.matrix, mtil.losses) == (progress.matrix, progress.losses)
 
 
-@pytest.mark.parametrize(("name", "of"), [("lora_fused", "lora_per_task"), ("moe_lora_fused", "moe_lora_warm")])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("lora_fused", "lora_per_task"),
+        pytest.param("moe_lora_fused", "moe_lora_warm", marks=pytest.mark.slow),
+    ],
+)
 def test_methods_whose_classes_are_fused_have_the_routes_of_those_they_are_made_of(name, of, tasks, tmp_path):
     """Scores are for the test with the task known; selectors get features, and the same results as without."""
     fused, method = run(tmp_path / name, tasks[:2], name, selectors=["lda"])
@@ -231,7 +237,9 @@ def test_methods_whose_classes_are_fused_have_the_routes_of_those_they_are_made_
     assert fused.matrix[0][1] == plain.matrix[0][1], "not learnt yet"
 
 
-@pytest.mark.parametrize(("name", "stays"), [("moe_lora_pool", True), ("moe_lora_merge", False)])
+@pytest.mark.parametrize(
+    ("name", "stays"), [("moe_lora_pool", True), pytest.param("moe_lora_merge", False, marks=pytest.mark.slow)]
+)
 def test_classes_are_encoded_once_by_routes_that_stay(name, stays, tasks, tmp_path, monkeypatch):
     encoded, encode = [], METHODS[name].encode_classes
 
