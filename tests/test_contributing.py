@@ -39,31 +39,36 @@ def python(place, *arguments, expect=0):
     return done
 
 
+RUN = ["--suite", "stripes", "--selectors", "nearest_mean", "--steps", "4", "--batch_size", "8", "--cpu"]
+RUN += ["--methods", "bitfit", "moe_lora_merge", "--num_experts", "4", "--r", "2", "--bias_lr", "0.01"]
+
+
 def test_method_and_data_set_and_selector_on_the_command_line(place):
-    arguments = ["--suite", "stripes", "--selectors", "nearest_mean", "--steps", "4", "--batch_size", "8", "--cpu"]
-    arguments += ["--methods", "bitfit", "moe_lora_merge", "--num_experts", "4", "--r", "2", "--bias_lr", "0.01"]
-    python(place, str(EXAMPLE), *arguments, "--output_dir", "straight")
+    python(place, str(EXAMPLE), *RUN, "--output_dir", "straight")
     results = json.loads((place / "straight" / "results.json").read_text())
     assert results["tasks"] == ["direction", "width"] and results["settings"]["bias_lr"] == 0.01
     (bitfit,), (mixture,) = results["methods"]["bitfit"], results["methods"]["moe_lora_merge"]
     assert len(bitfit["moved"]) == 2 and min(bitfit["moved"]) > 0 and "moved" not in mixture
     assert bitfit["selection"] == {} and mixture["selection"]["nearest_mean"]["bytes_per_task"] == 4 * 256 + 3 * 8
     assert (place / "straight/moe_lora_merge/seed_42/after_2/selectors/nearest_mean/selector.json").exists()
+    wrong = python(place, str(EXAMPLE), "--bias_lr", "-1", "--cpu", expect=1)
+    assert "`bias_lr` must be positive, got -1.0" in wrong.stderr
 
-    python(place, str(EXAMPLE), *arguments, "--output_dir", "stopped", "--stop_after", "1")
-    refused = python(
-        place, str(EXAMPLE), *arguments, "--output_dir", "stopped", "--resume", "--bias_lr", "0.02", expect=1
-    )
+
+@pytest.mark.slow
+def test_its_runs_stop_and_go_on(place):
+    python(place, str(EXAMPLE), *RUN, "--output_dir", "whole")
+    results = json.loads((place / "whole" / "results.json").read_text())
+    python(place, str(EXAMPLE), *RUN, "--output_dir", "stopped", "--stop_after", "1")
+    refused = python(place, str(EXAMPLE), *RUN, "--output_dir", "stopped", "--resume", "--bias_lr", "0.02", expect=1)
     assert "bias_lr was 0.01, is 0.02" in refused.stderr
-    python(place, str(EXAMPLE), *arguments, "--output_dir", "stopped", "--resume")
+    python(place, str(EXAMPLE), *RUN, "--output_dir", "stopped", "--resume")
     resumed = json.loads((place / "stopped" / "results.json").read_text())
     for name in results["methods"]:
         one, other = (told["methods"][name][0] for told in (results, resumed))
         assert {key: value for key, value in one.items() if key != "seconds"} == {
             key: value for key, value in other.items() if key != "seconds"
         }
-    wrong = python(place, str(EXAMPLE), "--bias_lr", "-1", "--cpu", expect=1)
-    assert "`bias_lr` must be positive, got -1.0" in wrong.stderr
 
 
 def test_selector_by_hand(place):

@@ -176,6 +176,7 @@ def test_example(tmp_path):
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") >= 6
 
 
+@pytest.mark.slow
 def test_example_adds_to_its_folder(tmp_path):
     """More methods and seeds stand beside those of before, in tables and trackers; other settings are refused."""
     common = ("--suite", "digits", "--batch_size", 8, "--output_dir", tmp_path, "--log_with", "tensorboard")
