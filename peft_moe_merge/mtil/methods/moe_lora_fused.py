@@ -17,8 +17,10 @@ class MoELoraFused(Fused, MoELoraWarm):
     name = "moe_lora_fused"
 
     def save(self, folder: Path) -> None:
-        self.model.attach_selector(self.gaussians)
-        super().save(folder)
+        self.model.attach_selector(
+            self.gaussians
+        )  # which the adapter is saved with, so `Fused` need not write it again
+        MoELoraWarm.save(self, folder)
         self.model.attach_selector(None)  # in the stream tasks are named, or selectors tried from outside
 
     def load(self, folder: Path) -> None:
