@@ -3,6 +3,7 @@
     python benchmarks/learning_rates.py [--steps 60] [--tasks aerial digits food] [--seeds 0 1]
     python benchmarks/learning_rates.py --suite <folder> --model <CLIP> --tasks ...    # on images of your own
     python benchmarks/learning_rates.py --stream --methods coda_prompt sema            # one task after another
+    python benchmarks/learning_rates.py --stream --methods "lora rate" "o_lora rate" "magmax rate" "finetune rate"
 
 A fifth of each task's training images is held out. Each task is learnt by itself, from the pretrained CLIP, at every point of a
 grid; printed is the mean accuracy on the held-out images. The rates of experts and LoRAs that
@@ -58,6 +59,11 @@ BUDGET: dict[str, list[dict[str, Any]]] = {
     for name, rate in (("moe_lora_pool", "pool_lr"), ("lora", "lora_lr"))
 }
 BUDGET["moe_lora_pool rate"] = [{"pool_lr": lr} for lr in RATES]  # in the shape that the preset has
+# by --stream: where tasks share weights, the rate that is best for one task may forget all others
+BUDGET |= {
+    f"{name} rate": [{"lora_lr": lr} for lr in (6e-4, 1.25e-3, *RATES)] for name in ("lora", "o_lora", "magmax")
+}
+BUDGET["finetune rate"] = [{"full_lr": lr} for lr in (6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)]
 OF_THE_STREAM = ("lr", "schedule", "warmup_steps")
 
 

@@ -289,7 +289,7 @@ def accuracy(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, name: str) ->
     """Top-1 accuracy on a task's test split in percent."""
     classes_CD = class_features(model, tokenizer, prompts_of(TASKS[name].classes, TASKS[name].templates))
     images = [split_tensors(name, "test")]
-    return zero_shot.accuracy(lambda pixels: embed_images(model, pixels), images, classes_CD)
+    return zero_shot.accuracy(lambda pixels: zero_shot.cosines(embed_images(model, pixels), classes_CD), images)
 
 
 def finetune(

@@ -28,7 +28,7 @@ from peft_moe_merge.tuners.moe_lora_merge.context import PLAIN
 
 from .classes import ANY_CLASS, TaskClasses, as_task_classes, read_classes, write_classes
 from .rgb import load_rgb
-from .zero_shot import class_features, prompts_of
+from .zero_shot import class_features, cosines, prompts_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,7 +204,7 @@ class ContinualClassifier:
         for task in ids_V.unique().tolist():
             labels, texts_CP = self.class_texts(task) if asked is None else self._candidate_texts(task, asked)
             of_task = (ids_V == task).nonzero().squeeze(1)
-            logits = clip.logit_scale.exp().float() * features_VP[of_task] @ texts_CP.T
+            logits = clip.logit_scale.exp().float() * cosines(features_VP[of_task], texts_CP)
             if evidence is not None and task != PLAIN:
                 logits[:, sorted(evidence.ruled_out(task))] = -torch.inf
             log_likely = logits.log_softmax(dim=-1)
@@ -302,12 +302,12 @@ class ContinualClassifier:
             return by_name
         asked_CP = self._plain_texts(names)
 
-        def cosines(task: int) -> Tensor:
+        def alike(task: int) -> Tensor:
             if task not in self._plain:
                 self._plain[task] = self._plain_texts(classes[task])
-            return asked_CP @ self._plain[task].T
+            return cosines(asked_CP, self._plain[task])
 
-        return tasks_of_candidates(names, classes, cosines, self.similarity)
+        return tasks_of_candidates(names, classes, alike, self.similarity)
 
     def _plain_texts(self, names: Sequence[str]) -> Tensor:
         return self._encode_classes(dict(zip(names, prompts_of(names, ANY_CLASS), strict=True)), PLAIN)[1]

@@ -80,19 +80,26 @@ def class_features(
     return F.normalize(means_CP, dim=-1)
 
 
+def cosines(features_BP: Tensor, classes_CP: Tensor) -> Tensor:
+    """Compare images' and classes' features, all of unit length, in float32 also under autocast: B x C.
+
+    In bfloat16, cosines of 0.25 and more are steps of 0.002 and more apart, and the first of classes that look alike would win.
+    """
+    with torch.autocast(features_BP.device.type, enabled=False):
+        return features_BP.float() @ classes_CP.float().T
+
+
 @torch.no_grad()
 def accuracy(
-    image_features: Callable[[Tensor], Tensor],
+    scores: Callable[[Tensor], Tensor],
     batches: Iterable[Mapping[str, Tensor] | Sequence[Tensor]],
-    classes_CP: Tensor,
     gather: Callable[[Tensor], Any] = lambda hits_B: hits_B,
 ) -> float:
-    """Count the images whose nearest class is their own. Top-1, in percent.
+    """Count the images whose likeliest class is their own. Top-1, in percent.
 
     Args:
-        image_features: encodes `pixel_values`, B x 3 x H x W, to B x P on the device of the classes.
+        scores: takes `pixel_values`, B x 3 x H x W, and returns B x C, such as cosines with `class_features`.
         batches: of `pixel_values` and `labels`, by these names or as a pair.
-        classes_CP: from `class_features`.
         gather: brings the hits of all processes together, as `accelerator.gather_for_metrics` does.
 
     Raises:
@@ -101,7 +108,7 @@ def accuracy(
     correct = total = 0
     for batch in batches:
         pixels, labels_B = (batch["pixel_values"], batch["labels"]) if isinstance(batch, Mapping) else batch
-        predicted_B = (image_features(pixels) @ classes_CP.T).argmax(dim=1)
+        predicted_B = scores(pixels).argmax(dim=1)
         hits_B = gather(predicted_B == labels_B.to(predicted_B.device))
         correct += int(hits_B.sum())
         total += len(hits_B)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
+from peft_moe_merge.inference.zero_shot import cosines
 from peft_moe_merge.selection import (
     NONE,
     SELECTORS,
@@ -42,6 +43,7 @@ from peft_moe_merge.selection import (
 from peft_moe_merge.selection.features import TOKENS
 
 from .data.batches import Batch, eval_batches
+from .data.features import labelled_features
 from .data.label_space import LabelSpace
 from .data.task import Task
 from .methods.base import Routed
@@ -173,13 +175,16 @@ class StreamSelectors:
     def fit(self, method: Routed, task: Task, settings: Any, accelerator: Accelerator) -> None:
         """Fit all selectors on a task that was just learnt. With several processes all fit on the images of all."""
         method.model.to(accelerator.device).eval()
-        batches = accelerator.prepare(settings.eval_batches(task.train, method.processor.image_processor))
         collected: dict[FeatureSource, list[tuple[Tensor, Tensor]]] = {source: [] for source in self.sources}
-        for batch in self._bar(batches, f"features of {task.name}", accelerator):
-            for source, kept in collected.items():
-                features_BF = method.frozen_features(source, batch["pixel_values"]).float()
-                gathered = accelerator.gather_for_metrics((features_BF, batch["labels"]))
-                kept.append(tuple(tensor.cpu() for tensor in gathered))
+
+        def see(pixel_values: Tensor) -> list[Tensor]:
+            pixels = pixel_values.to(accelerator.device)
+            return [method.frozen_features(source, pixels).float().cpu() for source in collected]
+
+        how = settings.eval_batch_size, settings.num_workers
+        for seen, labels_B in labelled_features(task, method.processor.image_processor, see, *how):
+            for kept, features_BF in zip(collected.values(), seen, strict=True):
+                kept.append((features_BF, labels_B))
         texts_CP = None
         if "text" in self.selectors:
             texts_CP = RouteTexts(method, LabelSpace.of_task(task), accelerator, {})[NONE].cpu()
@@ -325,10 +330,10 @@ class StreamSelectors:
             pixels = batch["pixel_values"][rows.to(device)]
             with accelerator.autocast():
                 features_BP = method.routed_image_features(pixels, torch.full((len(rows),), router, device=device))
-                cosines = {of: (features_BP @ classes_CP.T).cpu() for of, classes_CP in classes.items()}
-            for (of, fused), alike in columns.items():
+            alike = {of: cosines(features_BP, classes_CP).cpu() for of, classes_CP in classes.items()}
+            for (of, fused), own in columns.items():
                 # in float64 equal only where the cosines are: where one route has it all, they decide
-                logits_BC = among[of].narrowed(scale * cosines[of].double(), router)
+                logits_BC = among[of].narrowed(scale * alike[of].double(), router)
                 if fused is None or router == NONE:
                     likely_BC = logits_BC.softmax(dim=1)
                 else:
@@ -336,7 +341,7 @@ class StreamSelectors:
                     known, posterior_BK = selector.class_posterior(features[selector.source][rows.to(device)], router)
                     own_C = among[of].space.columns[method.learnt[router]]
                     likely_BC = fuse(logits_BC, own_C[known.cpu()], posterior_BK.cpu()).exp()
-                shares_BV = shares_BVR[rows][:, alike, route]
+                shares_BV = shares_BVR[rows][:, own, route]
                 of_route = likely_BC.new_zeros(len(labels_B), shares_BV.shape[1], likely_BC.shape[1])
                 by_share = shares_BV[:, :, None] * likely_BC[:, None]
                 mixed[of, fused] = mixed[of, fused] + of_route.index_copy(0, rows, by_share)

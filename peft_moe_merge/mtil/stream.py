@@ -330,22 +330,25 @@ class Stream:
         method.model.to(self.accelerator.device).eval()
         method.prepare_evaluation(task)
         with self.accelerator.autocast():
-            return self._accuracy(method, task, method.class_features(task, self.accelerator.device))
+            classes = LabelSpace.of_task(task)
+            return self._accuracy(method, task, method.scorer(classes, self.accelerator.device))
 
     @torch.no_grad()
     def accuracies_among(self, method: Method, all_classes: LabelSpace) -> list[float]:
         """Test on all tasks' test images against all classes, by a method that has no routes to choose from."""
         method.model.to(self.accelerator.device).eval()
         with self.accelerator.autocast():
-            classes_CP = method.encode_classes(all_classes.prompts, self.accelerator.device)
-            return [self._accuracy(method, task, classes_CP, all_classes.columns[task.name]) for task in self.tasks]
+            scores = method.scorer(all_classes, self.accelerator.device)
+            return [self._accuracy(method, task, scores, all_classes.columns[task.name]) for task in self.tasks]
 
-    def _accuracy(self, method: Method, task: Task, classes_CP: Tensor, columns_K: Tensor | None = None) -> float:
+    def _accuracy(
+        self, method: Method, task: Task, scores: Callable[[Tensor], Tensor], columns_K: Tensor | None = None
+    ) -> float:
         batches = self.accelerator.prepare(self.settings.eval_batches(task.test, method.processor.image_processor))
         if columns_K is not None:
-            columns_K = columns_K.to(classes_CP.device)
+            columns_K = columns_K.to(self.accelerator.device)
             batches = ((batch["pixel_values"], columns_K[batch["labels"]]) for batch in batches)
-        return zero_shot.accuracy(method.image_features, batches, classes_CP, self.accelerator.gather_for_metrics)
+        return zero_shot.accuracy(scores, batches, self.accelerator.gather_for_metrics)
 
 
 def run_stream(

@@ -181,7 +181,8 @@ class IncrementalSelector(Selector):
     def prepared(self, device: torch.device) -> Any:
         made = self._prepared.get(device)
         if made is None:
-            with PREPARING:  # what another thread finds prepared must be calibrated, too
+            with PREPARING, torch.autocast(device.type, enabled=False):
+                # what another thread finds prepared must be calibrated, too
                 made = self._prepared.get(device) or self._in_calibration
                 if made is None:
                     made = self._in_calibration = self._prepare(device)

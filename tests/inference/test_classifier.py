@@ -93,6 +93,19 @@ def test_mixed_tasks_in_one_call(classifier, model, processor) -> None:
     assert classifier.model.training is False
 
 
+@torch.no_grad()
+def test_under_autocast_the_towers_alone_lose_precision(classifier, model, processor) -> None:
+    images = pictures(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        features = F.normalize(model.get_image_features(pixels, task_ids=torch.zeros(6).long()).pooler_output.float())
+        texts = classifier.class_texts(0)[1]
+        predictions = classifier(images, task="pets")
+    expected = (model.get_base_model().logit_scale.exp() * features @ texts.T).softmax(dim=1)
+    found = torch.tensor([list(prediction.probabilities.values()) for prediction in predictions])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_one_image_a_path_and_a_list_alike(classifier, tmp_path) -> None:
     image = pictures(1)[0]
     image.save(tmp_path / "a.png")

@@ -95,12 +95,12 @@ def test_accuracy_counts_images():
     pairs = [(pixels[i : i + 10], labels[i : i + 10]) for i in range(0, 23, 10)]
     named = [{"pixel_values": images, "labels": of_images} for images, of_images in pairs]
     for batches in (pairs, named):
-        assert accuracy(lambda images: images, batches, classes_CP) == pytest.approx(100 * right / 23)
+        assert accuracy(lambda images: images @ classes_CP.T, batches) == pytest.approx(100 * right / 23)
     # what a gather drops counts neither as right nor as seen
     first = sum(
         int((row @ classes_CP.T).argmax()) == int(label) for row, label in zip(pixels[:10], labels[:10], strict=True)
     )
-    kept = accuracy(lambda images: images, pairs[:1], classes_CP, gather=lambda hits_B: hits_B[:10])
+    kept = accuracy(lambda images: images @ classes_CP.T, pairs[:1], gather=lambda hits_B: hits_B[:10])
     assert kept == pytest.approx(10 * first)
     with pytest.raises(ValueError, match="no images"):
-        accuracy(lambda images: images, [], classes_CP)
+        accuracy(lambda images: images, [])

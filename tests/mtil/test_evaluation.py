@@ -9,6 +9,7 @@ from hub.mtil_sets import picture
 
 from peft_moe_merge.mtil.clip import small_clip
 from peft_moe_merge.mtil.data.batches import eval_batches
+from peft_moe_merge.mtil.data.label_space import LabelSpace
 from peft_moe_merge.mtil.data.task import Task
 from peft_moe_merge.mtil.data.templates import TEMPLATES
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
@@ -42,12 +43,14 @@ def test_class_features_are_the_mean_over_templates(task, method):
         single = [method.processor.tokenizer([t.format(name)], return_tensors="pt") for t in task.templates]
         features = torch.cat([method.model.get_text_features(tokens["input_ids"]).pooler_output for tokens in single])
         expected.append(F.normalize(F.normalize(features, dim=-1).mean(dim=0), dim=-1))
-    torch.testing.assert_close(method.class_features(task, torch.device("cpu")), torch.stack(expected))
+    torch.testing.assert_close(
+        method.encode_classes(LabelSpace.of_task(task).prompts, torch.device("cpu")), torch.stack(expected)
+    )
 
 
 def test_texts_once_and_each_image_once(task, method, monkeypatch):
     asked = {"texts": 0, "images": 0}
-    encode, preprocess = method.class_features, type(method.processor.image_processor).__call__
+    encode, preprocess = method.encode_classes, type(method.processor.image_processor).__call__
 
     def texts(*arguments):
         asked["texts"] += 1
@@ -57,7 +60,7 @@ def test_texts_once_and_each_image_once(task, method, monkeypatch):
         asked["images"] += len(batch)
         return preprocess(self, batch, **options)
 
-    monkeypatch.setattr(method, "class_features", texts)
+    monkeypatch.setattr(method, "encode_classes", texts)
     monkeypatch.setattr(type(method.processor.image_processor), "__call__", pixels)
     value = Stream([task], StreamSettings(eval_batch_size=4), Accelerator(cpu=True)).accuracy(method, task)
     assert asked == {"texts": 1, "images": 23} and 0 <= value <= 100

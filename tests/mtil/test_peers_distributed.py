@@ -55,18 +55,31 @@ def test_two_processes_keep_the_same_and_resume(name, tmp_path):
                 assert torch.equal(tensor, others[key]), (folder.name, key)
 
 
-def test_two_processes_share_the_images_that_gaussians_are_of(tmp_path):
-    """Together they come to the sums of one."""
-    run_together(2, learn, "slda", tmp_path)
+def alone(name):
+    """What one process learns of the same images."""
     tasks = load_suite("digits", few_shot=16)
     set_seed(3)
-    alone = METHODS["slda"](
+    method = METHODS[name](
         *small_clip([prompt for task in tasks for prompt in task.prompts(task.templates[0])]), SETTINGS
     )
     for task in tasks:
-        alone.learn(task)
+        method.learn(task)
+    return method
+
+
+def test_two_processes_share_the_images_of_a_regression(tmp_path):
+    run_together(2, learn, "rail", tmp_path)
+    together, one = load_file(tmp_path / "straight" / "after_3" / "sums.safetensors"), alone("rail")
+    torch.testing.assert_close(together["gram"], one.gram_MM, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together["sums"], one.sums_SM, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_share_the_images_that_gaussians_are_of(tmp_path):
+    """Together they come to the sums of one."""
+    run_together(2, learn, "slda", tmp_path)
+    one = alone("slda")
     together = load_selector(tmp_path / "straight" / "after_3")
-    for own, other in zip(alone.gaussians.own, together.own, strict=True):
+    for own, other in zip(one.gaussians.own, together.own, strict=True):
         assert own["images"] == other["images"] and torch.equal(own["counts"], other["counts"])
         torch.testing.assert_close(own["means"], other["means"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(alone.gaussians.shared["scatter"], together.shared["scatter"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.gaussians.shared["scatter"], together.shared["scatter"], rtol=1e-4, atol=1e-4)

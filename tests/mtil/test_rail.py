@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from small_methods import SETTINGS, make, run, tasks
 
-from peft_moe_merge.inference.zero_shot import class_features, prompts_of
+from peft_moe_merge.inference.zero_shot import class_features
 from peft_moe_merge.mtil.clip import load_clip
+from peft_moe_merge.mtil.data.label_space import LabelSpace
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS, MethodSettings
 from peft_moe_merge.mtil.stream import StreamSettings, run_stream
@@ -80,14 +81,12 @@ def test_images_are_fused_where_clip_chooses_a_learnt_class(tasks):
     method = METHODS["rail"](*load_clip(mini_clip_path()), settings)  # one that does not choose one class always
     for task in tasks[:2]:
         method.learn(task)
-    prompts = [own for task in tasks for own in prompts_of(task.class_names, task.templates)]
-    device = torch.device("cpu")
+    classes = LabelSpace.of_all(tasks)
     with torch.no_grad():
         x, _, pixels = hidden(method, tasks[2], "test")
-        clip = METHODS["zero_shot"](method.model, method.processor, method.settings)
-        cosines = clip.image_features(pixels) @ class_features(method.model, method.processor.tokenizer, prompts).T
-        scores = method.encode_classes(prompts, device)
-        scores = method.image_features(pixels) @ scores.T
+        texts = class_features(method.model, method.processor.tokenizer, classes.prompts)
+        cosines = method.image_features(pixels) @ texts.T
+        scores = method.scorer(classes, torch.device("cpu"))(pixels)
         likely = (method.model.logit_scale.exp() * cosines).softmax(dim=1)
     outputs = x @ method.weights_MS.double()
     learnt, fused = 7, []
@@ -121,13 +120,14 @@ def test_among_the_classes_of_all_tasks_in_the_stream(tasks, tmp_path):
     assert selector is None and decision is None
     method = build()
     method.load(tmp_path / "after_2")
-    method.encode_classes([own for task in tasks for own in prompts_of(task.class_names, task.templates)], None)
+    with torch.no_grad():
+        scores = method.scorer(LabelSpace.of_all(tasks), torch.device("cpu"))
     first = 0
     for task, accuracy in zip(tasks, accuracies, strict=True):
         images = [image.convert("RGB") for image in task.test["image"]]
         pixels = method.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            chosen = method.image_features(pixels).argmax(dim=1) - first
+            chosen = scores(pixels).argmax(dim=1) - first
         hits = sum(int(one == label) for one, label in zip(chosen.tolist(), task.test["label"], strict=True))
         assert accuracy == pytest.approx(100 * hits / len(images))
         first += len(task.class_names)

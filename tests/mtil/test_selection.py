@@ -13,6 +13,7 @@ from peft_moe_merge.mtil.checkpoint import Progress, newest
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.batches import eval_batches
 from peft_moe_merge.mtil.data.digits import load_digit_tasks
+from peft_moe_merge.mtil.data.label_space import LabelSpace
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS, Method, MethodSettings, Routed
 from peft_moe_merge.mtil.report.html import write_report
@@ -66,7 +67,7 @@ def by_hand(method, selector, task, together):
     for image, label, router in zip(batch["pixel_values"], batch["labels"], chosen, strict=True):
         model.set_task(None if router == -1 else method.learnt[router])
         if router not in texts:
-            texts[router] = method.class_features(task, torch.device("cpu"))
+            texts[router] = method.encode_classes(LabelSpace.of_task(task).prompts, torch.device("cpu"))
         right += int((method.image_features(image[None]) @ texts[router].T).argmax() == label)
     return 100 * right / len(chosen), chosen, margins
 
@@ -157,7 +158,7 @@ class Foreign(Method):
             "end_task",
             "prepare_evaluation",
             "image_features",
-            "class_features",
+            "encode_classes",
             "save",
             "set_task",
             "frozen_features",

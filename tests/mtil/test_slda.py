@@ -4,10 +4,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_methods import SETTINGS, make, run, tasks
 
-from peft_moe_merge.inference.zero_shot import class_features, prompts_of
+from peft_moe_merge.inference.zero_shot import class_features
 from peft_moe_merge.mtil.clip import load_clip
+from peft_moe_merge.mtil.data.label_space import LabelSpace
 from peft_moe_merge.mtil.data.mini import mini_clip_path
 from peft_moe_merge.mtil.methods import METHODS
 from peft_moe_merge.selection import DiscriminantSelector
@@ -34,11 +36,10 @@ def images_of(method, task, split):
 
 @torch.no_grad()
 def asked(method, of, pixels):
-    prompts = [own for task in of for own in prompts_of(task.class_names, task.templates)]
-    eye = method.encode_classes(prompts, CPU)
-    scores = method.image_features(pixels) @ eye.T
-    cosines = METHODS["zero_shot"](method.model, method.processor, SETTINGS).image_features(pixels)
-    cosines = cosines @ class_features(method.model, method.processor.tokenizer, prompts).T
+    classes = LabelSpace.of_all(of)
+    scores = method.scorer(classes, CPU)(pixels)
+    cosines = F.normalize(method.model.get_image_features(pixels).pooler_output, dim=-1)
+    cosines = cosines @ class_features(method.model, method.processor.tokenizer, classes.prompts).T
     return scores, (method.model.logit_scale.exp() * cosines).softmax(dim=1)
 
 

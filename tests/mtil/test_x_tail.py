@@ -22,7 +22,7 @@ from peft_moe_merge.mtil.report.html import write_report
 from peft_moe_merge.mtil.report.tables import print_results, x_tail_rows
 from peft_moe_merge.mtil.results import empty_results, run_result, write_results
 from peft_moe_merge.mtil.selection import SelectorSettings
-from peft_moe_merge.mtil.stream import StreamSettings, run_stream
+from peft_moe_merge.mtil.stream import Stream, StreamSettings, run_stream
 from peft_moe_merge.selection import load_selector
 
 SELECTORS = ["discriminant_classes", "gaussian"]  # with a posterior, of tasks and classes, and without any
@@ -244,12 +244,11 @@ def test_classes_are_encoded_once_by_routes_that_stay(name, stays, tasks, tmp_pa
     encoded, encode = [], METHODS[name].encode_classes
 
     def counted(method, prompts, device):
-        if isinstance(prompts[0], tuple):  # for routes, not for the test with the task known
-            route = method.model.current_task
-            encoded.extend((route, of_class) for of_class in prompts)
+        encoded.extend((method.model.current_task, of_class) for of_class in prompts)
         return encode(method, prompts, device)
 
     monkeypatch.setattr(METHODS[name], "encode_classes", counted)
+    monkeypatch.setattr(Stream, "accuracy", lambda stream, method, task: 0.0)  # with the task known, always anew
     run(tmp_path, tasks[:2], name, selectors=["lda"])
     assert {route for route, _ in encoded} == {None, tasks[0].name, tasks[1].name}
     assert (len(encoded) == len(set(encoded))) is stays

@@ -104,6 +104,18 @@ def test_one_image_a_class_has_no_say():
     torch.testing.assert_close(fuse(logits, columns, posterior), logits.log_softmax(dim=1), rtol=1e-3, atol=1e-3)
 
 
+def test_under_autocast_it_says_the_same():
+    """Calibration included, which the first call does."""
+    plain, cast = fitted(3), fitted(3)
+    x, _ = images(1, 50, seed=5)
+    expected = plain.posterior(x), *plain.class_posterior(x, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cast.posterior(x), *cast.class_posterior(x, 1)
+    assert (cast.temperature, cast.class_temperature) == (plain.temperature, plain.class_temperature)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_fused_is_the_product_of_two_probabilities():
     generator = torch.Generator().manual_seed(0)
     logits, evidence = (torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))

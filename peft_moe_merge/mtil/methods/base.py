@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from peft_moe_merge.inference.zero_shot import class_features, prompts_of, tokenize
+from peft_moe_merge.inference.zero_shot import class_features, cosines, tokenize
 from peft_moe_merge.selection import FeatureSource
 
 from ..data.batches import Batch
+from ..data.label_space import LabelSpace
 from ..data.task import Task
 from ..settings import setting
 
@@ -76,7 +77,7 @@ class Method(ABC):
     """Learns one task after another. One instance runs one stream.
 
     The stream calls `begin_task`, then per step `loss` and `after_step`, then `end_task`; and between tasks, for the
-    accuracies, `prepare_evaluation` and the two `features`. Of a method that needs no optimizer, and says so by `trains`,
+    accuracies, `prepare_evaluation` and `scorer`. Of a method that needs no optimizer, and says so by `trains`,
     it calls `learn` instead.
 
     A class in a file of this folder is found by its `name`. One that also is a [`Routed`] is tried with selectors.
@@ -159,12 +160,13 @@ class Method(ABC):
         """Encode images: B x P, of unit length."""
         return F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1)
 
-    def class_features(self, task: Task, device: torch.device) -> Tensor:
-        """Encode classes, the mean over the task's templates: C x P, of unit length.
+    def scorer(self, classes: LabelSpace, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return what scores `pixel_values` for classes, B x C, the likeliest highest; by default by cosines.
 
-        The stream calls it once per evaluation of a task.
+        The stream asks for it once per evaluation of a task.
         """
-        return self.encode_classes(prompts_of(task.class_names, task.templates), device)
+        classes_CP = self.encode_classes(classes.prompts, device)
+        return lambda pixel_values: cosines(self.image_features(pixel_values), classes_CP)
 
     def encode_classes(self, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
         """Encode classes of any tasks by what encodes at the moment, each the mean over its prompts: C x P, unit length."""

@@ -1,28 +1,24 @@
 """What methods have in common that ask frozen features, too, which class an image is of."""
 
-# B images, C classes, F features, P projection width
+# B images, C classes, F features
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import CLIPModel
 
 from peft_moe_merge.selection import Depths, DiscriminantSelector, FeatureSource, fuse, load_selector, save_selector
 from peft_moe_merge.selection.features import TOKENS
 
-from ..data.batches import eval_batches
+from ..data.features import labelled_features
+from ..data.label_space import LabelSpace
 from ..data.task import Task
 from .base import Method
-
-BATCH = 64
 
 
 def gaussians_for(clip: CLIPModel) -> DiscriminantSelector:
@@ -37,22 +33,15 @@ def seen_by_clip(method: Method, source: FeatureSource, pixel_values: Tensor) ->
         return method.frozen_features(source, pixel_values)
 
 
-@torch.no_grad()
-def labelled_features(method: Method, source: FeatureSource, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go through a task's training images once, without augmentation: their frozen features and labels, batch by batch.
-
-    Several processes share the images, and each gets the features of all.
-    """
+def look_at(task: Task, method: Method, source: FeatureSource) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through a task's training images once: a method's frozen features B x F and labels, batch by batch."""
     method.model.eval()
-    device, state = next(method.model.parameters()).device, PartialState()
-    own = task.train.select(range(state.process_index, len(task.train), state.num_processes))
-    batches = iter(eval_batches(own, method.processor.image_processor, batch_size=BATCH))
-    for _ in range(math.ceil(len(task.train) / (BATCH * state.num_processes))):
-        found = []
-        if (batch := next(batches, None)) is not None:  # the last one is not everybody's
-            features_BF = seen_by_clip(method, source, batch["pixel_values"].to(device))
-            found.append((features_BF.cpu(), batch["labels"].cpu()))
-        yield from gather_object(found)
+    device = next(method.model.parameters()).device
+
+    def see(pixel_values: Tensor) -> Tensor:
+        return seen_by_clip(method, source, pixel_values.to(device)).cpu()
+
+    return labelled_features(task, method.processor.image_processor, see)
 
 
 class Fused(Method):
@@ -76,23 +65,22 @@ class Fused(Method):
 
     def end_task(self) -> None:
         super().end_task()
-        self.gaussians.fit(self.task.name, labelled_features(self, self.gaussians.source, self.task))
+        self.gaussians.fit(self.task.name, look_at(self.task, self, self.gaussians.source))
 
-    def class_features(self, task: Task, device: torch.device) -> Tensor:
-        """Encode the classes. Those of a learnt task are unit vectors C x C then, as its images are scores."""
-        classes_CP = super().class_features(task, device)
-        self.asked = (self.gaussians.tasks.index(task.name), classes_CP) if task.name in self.gaussians.tasks else None
-        return classes_CP if self.asked is None else torch.eye(len(classes_CP), device=device)
+    def scorer(self, classes: LabelSpace, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Where the classes are those of one learnt task, what scores images for them is told what frozen features say."""
+        by_clip = super().scorer(classes, device)
+        task, *others = classes.columns
+        if others or task not in self.gaussians.tasks:
+            return by_clip
+        position = self.gaussians.tasks.index(task)
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Encode images, B x P; score them for the classes that were asked for last, B x C, where their task is learnt."""
-        features_BP = super().image_features(pixel_values)
-        if self.asked is None:
-            return features_BP
-        task, classes_CP = self.asked
-        logits_BC = self.model.logit_scale.exp().float() * features_BP @ classes_CP.T
-        x_BF = seen_by_clip(self, self.gaussians.source, pixel_values)
-        return fuse(logits_BC, *self.gaussians.class_posterior(x_BF, task))
+        def scores(pixel_values: Tensor) -> Tensor:
+            logits_BC = self.model.logit_scale.exp().float() * by_clip(pixel_values)
+            x_BF = seen_by_clip(self, self.gaussians.source, pixel_values)
+            return fuse(logits_BC, *self.gaussians.class_posterior(x_BF, position))
+
+        return scores
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.batches import eval_batches
+from peft_moe_merge.inference.zero_shot import cosines
+
+from ..data.features import labelled_features
+from ..data.label_space import LabelSpace
 from ..data.task import Task
 from ..settings import check_at_least, check_positive, setting
 from .base import Method, Settings
@@ -71,11 +74,14 @@ class Rail(Method):
     def learn(self, task: Task) -> None:
         device = next(self.model.parameters()).device
         sums_SM = torch.zeros(len(task.class_names), self.settings.rail_features, dtype=torch.float64)
-        for batch in eval_batches(task.train, self.processor.image_processor, batch_size=64):
-            features_BP = super().image_features(batch["pixel_values"].to(device))
-            x_BM = self.random_features(features_BP.cpu().double())
+
+        def see(pixel_values: Tensor) -> Tensor:
+            return self.image_features(pixel_values.to(device)).cpu().double()
+
+        for features_BP, labels_B in labelled_features(task, self.processor.image_processor, see):
+            x_BM = self.random_features(features_BP)
             self.gram_MM = self.gram_MM + x_BM.T @ x_BM
-            sums_SM += F.one_hot(batch["labels"], len(sums_SM)).double().T @ x_BM
+            sums_SM += F.one_hot(labels_B, len(sums_SM)).double().T @ x_BM
         self.sums_SM = torch.cat([self.sums_SM, sums_SM])
         self.prompts = self.prompts + task.prompts(task.templates[0])
         self._solve()
@@ -94,28 +100,25 @@ class Rail(Method):
         """Return what is solved for."""
         return [self.weights_MS]
 
-    def encode_classes(self, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
-        """Remember which classes are asked about. Their features are unit vectors C x C, as images' are scores.
+    def scorer(self, classes: LabelSpace, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return what scores images for classes, B x C. A class is a learnt one if its prompts are among those learnt."""
+        classes_CP = self.encode_classes(classes.prompts, device)
+        columns = [[s for s, known in enumerate(self.prompts) if known in own] for own in map(set, classes.prompts)]
+        learnt_C = torch.tensor([bool(own) for own in columns], device=device)
 
-        A class is a learnt one if its prompts are among those learnt.
-        """
-        self.asked_CP = super().encode_classes(prompts, device)
-        wanted = map(set, prompts)
-        self.columns = [[s for s, known in enumerate(self.prompts) if known in own] for own in wanted]
-        return torch.eye(len(prompts), device=device)
+        def scores(pixel_values: Tensor) -> Tensor:
+            features_BP = self.image_features(pixel_values)
+            scores_BC = (self.model.logit_scale.exp().float() * cosines(features_BP, classes_CP)).softmax(dim=1)
+            with torch.autocast(device.type, enabled=False):
+                outputs_BS = self.random_features(features_BP) @ self.weights_MS.to(features_BP)
+            outputs_BC = torch.zeros_like(scores_BC)
+            for asked, own in enumerate(columns):
+                if own:
+                    outputs_BC[:, asked] = outputs_BS[:, own].amax(dim=1)
+            fused_BC = torch.lerp(scores_BC, outputs_BC, self.settings.rail_fusion)
+            return torch.where(learnt_C[scores_BC.argmax(dim=1)][:, None], fused_BC, scores_BC)
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Score images for the classes that `encode_classes` was given last: B x C."""
-        features_BP = super().image_features(pixel_values)
-        scores_BC = (self.model.logit_scale.exp() * features_BP @ self.asked_CP.T).float().softmax(dim=1)
-        learnt_C = torch.tensor([bool(columns) for columns in self.columns], device=scores_BC.device)
-        outputs_BS = self.random_features(features_BP) @ self.weights_MS.to(features_BP)
-        outputs_BC = torch.zeros_like(scores_BC)
-        for asked, columns in enumerate(self.columns):
-            if columns:
-                outputs_BC[:, asked] = outputs_BS[:, columns].amax(dim=1)
-        fused_BC = torch.lerp(scores_BC, outputs_BC, self.settings.rail_fusion)
-        return torch.where(learnt_C[scores_BC.argmax(dim=1)][:, None], fused_BC, scores_BC)
+        return scores
 
     def save(self, folder: Path) -> None:
         save_file({"gram": self.gram_MM, "sums": self.sums_SM}, folder / "sums.safetensors")

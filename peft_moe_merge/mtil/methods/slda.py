@@ -1,11 +1,10 @@
 """Streaming linear discriminant analysis: a Gaussian per class on what plain CLIP sees, and no training."""
 
-# B images, C classes asked about, P projection width
+# B images, C classes asked about, F features, K classes of a task, R routes (the tasks asked about among the learnt, then none)
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_moe_merge.selection import FeatureSource, load_selector, save_selector
 
+from ..data.label_space import LabelSpace
 from ..data.task import Task
 from .base import Method
-from .fused import gaussians_for, labelled_features, seen_by_clip
+from .fused import gaussians_for, look_at, seen_by_clip
 
 
 class Slda(Method):
@@ -29,7 +29,6 @@ class Slda(Method):
 
     Attributes:
         gaussians: of the tasks so far.
-        prompts: of each task's classes, by the first template.
     """
 
     name = "slda"
@@ -38,50 +37,41 @@ class Slda(Method):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.gaussians = gaussians_for(self.model)
-        self.prompts: list[list[str]] = []
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return none."""
         return []
 
     def learn(self, task: Task) -> None:
-        self.gaussians.fit(task.name, labelled_features(self, self.gaussians.source, task))
-        self.prompts = [*self.prompts, list(task.prompts(task.templates[0]))]
+        self.gaussians.fit(task.name, look_at(task, self, self.gaussians.source))
 
     def frozen_features(self, source: FeatureSource, pixel_values: Tensor) -> Tensor:
         """Compute what the Gaussians are of: B x F."""
         return source(self.model, pixel_values)
 
-    def encode_classes(self, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
-        """Remember which classes are asked about. Their features are unit vectors C x C, as images' are scores."""
-        self.asked_CP = super().encode_classes(prompts, device)
-        column = {prompt: c for c, of_class in enumerate(prompts) for prompt in of_class}
-        self.columns = {
-            task: torch.tensor([column[prompt] for prompt in own], device=device)
-            for task, own in enumerate(self.prompts)
-            if all(prompt in column for prompt in own)
-        }
-        return torch.eye(len(prompts), device=device)
+    def scorer(self, classes: LabelSpace, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return what scores images for classes: B x C, which add up to 1."""
+        by_clip, tasks = super().scorer(classes, device), self.gaussians.tasks
+        columns = {t: classes.columns[task].to(device) for t, task in enumerate(tasks) if task in classes.columns}
+        known = len(torch.cat(list(columns.values())).unique()) if columns else 0
+        may_be_none = known < len(classes.names)
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Score images for the classes that `encode_classes` was given last: B x C, which add up to 1."""
-        features_BP = super().image_features(pixel_values)
-        scores_BC = (self.model.logit_scale.exp().float() * features_BP @ self.asked_CP.T).softmax(dim=1)
-        if not self.columns:
+        def scores(pixel_values: Tensor) -> Tensor:
+            scores_BC = (self.model.logit_scale.exp().float() * by_clip(pixel_values)).softmax(dim=1)
+            if not columns:
+                return scores_BC
+            x_BF = seen_by_clip(self, self.gaussians.source, pixel_values)
+            likely_BR = self.gaussians.posterior(x_BF, list(columns), may_be_none=may_be_none)
+            scores_BC = likely_BR[:, -1:] * scores_BC
+            for task, columns_K in columns.items():
+                labels_K, log_BK = self.gaussians.class_posterior(x_BF, task)
+                scores_BC = scores_BC.index_add(1, columns_K[labels_K], likely_BR[:, task : task + 1] * log_BK.exp())
             return scores_BC
-        x_BF = seen_by_clip(self, self.gaussians.source, pixel_values)
-        complete = len(torch.cat(list(self.columns.values())).unique()) == scores_BC.shape[1]
-        likely_BR = self.gaussians.posterior(x_BF, list(self.columns), may_be_none=not complete)
-        scores_BC = likely_BR[:, -1:] * scores_BC
-        for task, columns_K in self.columns.items():
-            labels_K, log_BK = self.gaussians.class_posterior(x_BF, task)
-            scores_BC = scores_BC.index_add(1, columns_K[labels_K], likely_BR[:, task : task + 1] * log_BK.exp())
-        return scores_BC
+
+        return scores
 
     def save(self, folder: Path) -> None:
         save_selector(self.gaussians, folder)
-        (folder / "learnt.json").write_text(json.dumps(self.prompts))
 
     def load(self, folder: Path) -> None:
         self.gaussians = load_selector(folder)
-        self.prompts = json.loads((folder / "learnt.json").read_text())

@@ -67,8 +67,9 @@ def accuracy(model: torch.nn.Module, images: TensorDataset, head_CD: torch.Tenso
     """Return the percentage of images whose class has the nearest text."""
     model.eval()
     device = next(model.parameters()).device
+    head_CD = head_CD.to(device)
 
-    def image_features(pixels: torch.Tensor) -> torch.Tensor:
-        return model.get_image_features(pixel_values=pixels.to(device)).pooler_output.float()
+    def scores(pixels: torch.Tensor) -> torch.Tensor:
+        return zero_shot.cosines(model.get_image_features(pixel_values=pixels.to(device)).pooler_output, head_CD)
 
-    return zero_shot.accuracy(image_features, batches(images, batch_size, shuffle=False), head_CD.to(device).float())
+    return zero_shot.accuracy(scores, batches(images, batch_size, shuffle=False))
