@@ -43,7 +43,6 @@ from peft_moe_merge.inference.zero_shot import class_features, prompts_of
 from peft_moe_merge.mtil.clip import load_clip
 from peft_moe_merge.mtil.data.mini import TASKS, load_task, mini_clip_path
 from peft_moe_merge.selection import Depths, DiscriminantSelector
-from peft_moe_merge.selection.features import TOKENS
 
 AIMS = {"known": 1.10, "chosen": 1.25}
 PER_TASK = 12  # images to fit the selector with, and as many to be asked about
@@ -77,9 +76,7 @@ def contestants(model: str, device: str, depth: int) -> dict[str, Answer]:
         return [names[label] for label in shares_BC.argmax(dim=1).tolist()]
 
     classifier = pool_of(model, device, DiscriminantSelector(Depths((depth,)), shared=(1.0,), reject_rate=0))
-    last = Depths((len(plain.vision_model.encoder.layers),), tuple(TOKENS))
-    gaussians = DiscriminantSelector(last, means="classes", shared=(1.0,), reject_rate=0)
-    fused = pool_of(model, device, gaussians, fuse=True)
+    fused = pool_of(model, device, DiscriminantSelector.for_classes(plain, reject_rate=0), fuse=True)
     return {
         "plain": answer,
         "known": lambda images, tasks: classifier(images, task=tasks),

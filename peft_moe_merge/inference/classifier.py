@@ -232,7 +232,7 @@ class ContinualClassifier:
                 "none is attached" if selector is None else f"the attached {type(selector).__name__} knows tasks alone"
             )
             raise ValueError(
-                f"fuse=True asks a selector that knows classes, and {got}: fit a DiscriminantSelector(means='classes'), "
+                f"fuse=True asks a selector that knows classes, and {got}: fit a `DiscriminantSelector.for_classes(model)`, "
                 "then `model.attach_selector(selector)`."
             )
         check_selector(selector, self._names)

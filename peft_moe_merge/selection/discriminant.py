@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .features import FeatureSource
+from .features import TOKENS, Depths, FeatureSource, vision_tower
 from .incremental import IncrementalSelector, State, best_temperature
 from .moments import Moments
 
@@ -172,6 +172,20 @@ class DiscriminantSelector(IncrementalSelector):
         self.linear = set(shared) == {1.0}
         self.own_names = (*self.kept_names, "images", "counts", "means", *(() if self.linear else ("scatter",)))
 
+    @classmethod
+    def for_classes(cls, clip: nn.Module, **options: Any) -> DiscriminantSelector:
+        """Make what has the most to say in classes, for `fuse`: all tokens after a model's last block, one covariance for all.
+
+        Args:
+            clip: a CLIP with or without adapters, or its vision tower, for the number of blocks.
+            options: others than `source` and `means`, see above.
+
+        Raises:
+            TypeError: the model has no vision tower.
+        """
+        last = len(vision_tower(clip).encoder.layers)
+        return cls(Depths((last,), tuple(TOKENS)), means="classes", **{"shared": (1.0,), **options})
+
     def options(self) -> dict[str, Any]:
         further = {"means": self.means, "shared": list(self.shared_shares), "shrinkage": list(self.shrinkage)}
         return {**super().options(), **further}
@@ -267,7 +281,7 @@ class DiscriminantSelector(IncrementalSelector):
         """
         if not self.needs_labels:
             raise ValueError(
-                f"means={self.means!r} tells tasks apart, not classes: fit a DiscriminantSelector(means='classes')."
+                f"means={self.means!r} tells tasks apart, not classes: fit a `DiscriminantSelector.for_classes(model)`."
             )
         if not self.tasks:
             raise RuntimeError("The selector knows no task yet: call `fit(task, features)` first.")

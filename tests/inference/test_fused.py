@@ -106,10 +106,31 @@ def test_the_selector_chooses_and_has_its_say(processor, selector, tmp_path):
     assert [p.probabilities for p in again(images)] == [p.probabilities for p in classifier(images)]
 
 
+def test_what_looks_at_classes_sees_all_tokens_after_the_last_block(processor):
+    model = adapted()
+    plain, pixels = model.get_base_model(), pixels_of(processor, pictures(3))
+    selector = DiscriminantSelector.for_classes(model, reject_rate=0.1)
+    with torch.no_grad(), model.disable_adapter():
+        x = plain.vision_model(pixels, output_hidden_states=True).hidden_states[-1]
+    expected = torch.cat([x[:, 0], x[:, 1:].mean(dim=1), x[:, 1:].std(dim=1, correction=0)], dim=1)
+    torch.testing.assert_close(model.frozen_features(selector.source, pixels), expected, rtol=1e-4, atol=1e-4)
+    assert selector.linear and selector.needs_labels and selector.reject_rate == 0.1
+    assert DiscriminantSelector.for_classes(plain.vision_model).source == selector.source
+    with pytest.raises(TypeError, match="vision tower"):
+        DiscriminantSelector.for_classes(torch.nn.Linear(2, 2))
+
+
 def test_errors_name_the_way_out(processor, selector):
     model = adapted()
-    with pytest.raises(ValueError, match=r"none is attached: fit a DiscriminantSelector\(means='classes'\)"):
+    with pytest.raises(ValueError, match=r"none is attached: fit a `DiscriminantSelector\.for_classes\(model\)`"):
         ContinualClassifier(model, processor, TASKS, fuse=True)
+    advised = DiscriminantSelector.for_classes(model)
+    for task, labels in LABELS.items():
+        advised.fit(
+            task, [(model.frozen_features(advised.source, pixels_of(processor, pictures(40))), torch.tensor(labels))]
+        )
+    model.attach_selector(advised)
+    assert ContinualClassifier(model, processor, TASKS, fuse=True)(pictures(1)[0], task="pets").task == "pets"
     gaussian = GaussianSelector()
     for task in TASKS:
         gaussian.fit(task, model.frozen_features(gaussian.source, pixels_of(processor, pictures(30))))

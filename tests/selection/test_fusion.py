@@ -166,7 +166,7 @@ def test_no_thread_finds_a_selector_that_is_half_ready(tmp_path, monkeypatch):
 def test_errors_name_the_way_out():
     selector = DiscriminantSelector(means="tasks")
     selector.fit("any", images(0)[0])
-    with pytest.raises(ValueError, match=r"DiscriminantSelector\(means='classes'\)"):
+    with pytest.raises(ValueError, match=r"DiscriminantSelector\.for_classes\(model\)"):
         selector.class_posterior(images(0)[0], 0)
     with pytest.raises(RuntimeError, match="fit"):
         DiscriminantSelector(means="classes").class_posterior(images(0)[0], 0)

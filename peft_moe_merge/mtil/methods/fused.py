@@ -10,21 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel
 
-from peft_moe_merge.selection import Depths, DiscriminantSelector, FeatureSource, fuse, load_selector, save_selector
-from peft_moe_merge.selection.features import TOKENS
+from peft_moe_merge.selection import DiscriminantSelector, FeatureSource, fuse, load_selector, save_selector
 
 from ..data.features import labelled_features
 from ..data.label_space import LabelSpace
 from ..data.task import Task
 from .base import Method
-
-
-def gaussians_for(clip: CLIPModel) -> DiscriminantSelector:
-    """Make what keeps a Gaussian per class of the tokens after the last block, with one covariance for all."""
-    last = len(clip.vision_model.encoder.layers)
-    return DiscriminantSelector(Depths((last,), tuple(TOKENS)), means="classes", shared=(1.0,))
 
 
 def seen_by_clip(method: Method, source: FeatureSource, pixel_values: Tensor) -> Tensor:
@@ -57,7 +49,7 @@ class Fused(Method):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.gaussians = gaussians_for(self.model)
+        self.gaussians = DiscriminantSelector.for_classes(self.model)
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

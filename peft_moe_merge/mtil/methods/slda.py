@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_moe_merge.selection import FeatureSource, load_selector, save_selector
+from peft_moe_merge.selection import DiscriminantSelector, FeatureSource, load_selector, save_selector
 
 from ..data.label_space import LabelSpace
 from ..data.task import Task
 from .base import Method
-from .fused import gaussians_for, look_at, seen_by_clip
+from .fused import look_at, seen_by_clip
 
 
 class Slda(Method):
@@ -36,7 +36,7 @@ class Slda(Method):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.gaussians = gaussians_for(self.model)
+        self.gaussians = DiscriminantSelector.for_classes(self.model)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return none."""
