@@ -33,6 +33,7 @@ from .methods.base import Method, Routed, is_routed
 from .selection import SelectorSettings, StreamSelectors
 from .settings import check_at_least, check_choices, check_positive, setting
 from .sharding import sharded_copy
+from .unwrapping import unwrapped
 
 SHARDED_OTHERWISE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -320,7 +321,7 @@ class Stream:
             if len(losses) % 10 == 0:
                 bar.set_postfix(loss=f"{losses[-1].item():.3f}")
                 log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        unwrapped(accelerator, model)
         accelerator.free_memory()
         return [round(loss, 6) for loss in torch.stack(losses).tolist()]
 

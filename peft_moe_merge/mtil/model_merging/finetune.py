@@ -16,6 +16,7 @@ from peft_moe_merge.inference import zero_shot
 from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import zero_shot_logits
 
+from ..unwrapping import unwrapped
 from .images import TaskImages, batches
 
 
@@ -59,7 +60,7 @@ def finetune(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return accelerator.unwrap_model(model).eval().requires_grad_(False)
+    return unwrapped(accelerator, model).eval().requires_grad_(False)
 
 
 @torch.no_grad()
