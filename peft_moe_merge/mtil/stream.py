@@ -30,10 +30,10 @@ from .data.label_space import LabelSpace
 from .data.task import Task
 from .fingerprint import fingerprint
 from .methods.base import Method, Routed, is_routed
+from .preparing import prepared
 from .selection import SelectorSettings, StreamSelectors
 from .settings import check_at_least, check_choices, check_positive, setting
 from .sharding import sharded_copy
-from .unwrapping import unwrapped
 
 SHARDED_OTHERWISE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -302,27 +302,26 @@ class Stream:
             crop_scale=settings.crop_scale,
             num_workers=settings.num_workers,
         )
-        model, optimizer, batches = accelerator.prepare(method.model, optimizer, batches)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # sharded ones, if they are now
-        model.train()
         losses = []
-        bar = tqdm(batches, desc=task.name, disable=not accelerator.is_main_process, leave=False)
-        for batch in bar:
-            loss = method.loss(model, batch)
-            accelerator.backward(loss)
-            if settings.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            if not optimizer.step_was_skipped:
-                schedule.step()
-            optimizer.zero_grad()
-            method.after_step(optimizer)
-            losses.append(loss.detach())
-            if len(losses) % 10 == 0:
-                bar.set_postfix(loss=f"{losses[-1].item():.3f}")
-                log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
-        unwrapped(accelerator, model)
-        accelerator.free_memory()
+        with prepared(accelerator, method.model, optimizer, batches) as (model, optimizer, batches):
+            # sharded ones, if they are now
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            model.train()
+            bar = tqdm(batches, desc=task.name, disable=not accelerator.is_main_process, leave=False)
+            for batch in bar:
+                loss = method.loss(model, batch)
+                accelerator.backward(loss)
+                if settings.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                if not optimizer.step_was_skipped:
+                    schedule.step()
+                optimizer.zero_grad()
+                method.after_step(optimizer)
+                losses.append(loss.detach())
+                if len(losses) % 10 == 0:
+                    bar.set_postfix(loss=f"{losses[-1].item():.3f}")
+                    log(position * settings.steps + len(losses), loss=losses[-1].item(), lr=schedule.get_last_lr()[0])
         return [round(loss, 6) for loss in torch.stack(losses).tolist()]
 
     @torch.no_grad()

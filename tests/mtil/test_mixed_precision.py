@@ -48,6 +48,27 @@ def test_every_task_is_trained_in_it_stopped_or_not(make, tasks, tmp_path, bf16)
     assert resumed.losses == straight.losses and resumed.matrix == straight.matrix
 
 
+def test_the_scale_of_losses_starts_alike_in_each_task(make, tasks, tmp_path):
+    """Float16 scales losses, at first too much, and skips steps until that fits: as often after a stop as without one."""
+    accelerator = Accelerator(cpu=True)
+    settings = StreamSettings(steps=4, batch_size=8, lr=[3e-3])
+
+    def stream(folder, **how):
+        how = {"seed": 7, **how}
+        return run_stream(tasks[:2], lambda: make("lora"), settings, tmp_path / folder, accelerator, **how)
+
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = accelerator.scaler.state_dict()
+    straight = stream("straight")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    stream("stopped", stop_after=1)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    resumed = stream("stopped", resume=True)
+    assert accelerator.scaler.state_dict() == before
+    accelerator.scaler = None
+    assert resumed.losses == straight.losses != stream("without").losses, "steps were skipped"
+
+
 def test_what_was_fine_tuned_in_it_is_a_plain_model(make, tasks, bf16):
     method = make("zero_shot")
     images = load_images(tasks[0], method.model, method.processor)

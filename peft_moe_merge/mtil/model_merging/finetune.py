@@ -16,7 +16,7 @@ from peft_moe_merge.inference import zero_shot
 from peft_moe_merge.model_merging.batches import endless
 from peft_moe_merge.model_merging.logits import zero_shot_logits
 
-from ..unwrapping import unwrapped
+from ..preparing import prepared
 from .images import TaskImages, batches
 
 
@@ -47,20 +47,20 @@ def finetune(
     model.vision_model.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
     streams = [endless(batches(t.finetune, batch_size), t.name, seed + 1009 * i) for i, t in enumerate(tasks)]
     title = f"fine-tuning on {tasks[0].name if len(tasks) == 1 else f'{len(tasks)} tasks'}"
-    for step in tqdm(range(steps), desc=title, disable=not accelerator.is_main_process):
-        which = step % len(tasks)
-        pixels, labels = next(streams[which])
-        with accelerator.autocast():
-            plain = accelerator.unwrap_model(model)
-            logits = zero_shot_logits(plain, pixels.to(accelerator.device), tasks[which].head_CD)
-        accelerator.backward(F.cross_entropy(logits.float(), labels.to(accelerator.device)))
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return unwrapped(accelerator, model).eval().requires_grad_(False)
+    with prepared(accelerator, model, optimizer) as (wrapped, optimizer):
+        for step in tqdm(range(steps), desc=title, disable=not accelerator.is_main_process):
+            which = step % len(tasks)
+            pixels, labels = next(streams[which])
+            with accelerator.autocast():
+                plain = accelerator.unwrap_model(wrapped)
+                logits = zero_shot_logits(plain, pixels.to(accelerator.device), tasks[which].head_CD)
+            accelerator.backward(F.cross_entropy(logits.float(), labels.to(accelerator.device)))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
