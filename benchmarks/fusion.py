@@ -7,6 +7,9 @@ A fifth of each task's training images is held out. `moe_lora_warm` learns all t
 class are fitted on what plain CLIP sees, at several depths, with one covariance for all tasks or one for each. Printed is the accuracy on
 the held-out images with the task known, mean over tasks: of the Gaussians alone, fused with plain CLIP, and fused with the
 task's experts. `moe_lora_fused` and `slda` take the features that were best so, at a width that is no burden.
+
+With `--routed` there are also Gaussians on what each task's own experts make of its images, alone and beside the others.
+`--shrinkage` gives a covariance of its own more of it to choose from, which few images a task want.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -65,11 +69,24 @@ def logits(method: MoELoraWarm, task: Task, route: int) -> Tensor:
 
 
 @torch.no_grad()
-def seen(method: MoELoraWarm, source: FeatureSource, rows) -> tuple[Tensor, Tensor]:
-    """Return frozen features of images and their labels."""
+def seen(method: MoELoraWarm, source: FeatureSource, rows: Dataset, route: int = NONE) -> tuple[Tensor, Tensor]:
+    """Return features of images as a route has them, and their labels."""
     batches = list(eval_batches(rows, method.processor.image_processor, batch_size=256))
-    features = [method.frozen_features(source, batch["pixel_values"]) for batch in batches]
+    features = []
+    for batch in batches:
+        with method.model.route(torch.full((len(batch["labels"]),), route)):
+            features.append(source(method.model.get_base_model(), batch["pixel_values"]))
     return torch.cat(features), torch.cat([batch["labels"] for batch in batches])
+
+
+def opinions(
+    tasks: list[Task], source: FeatureSource, train: list, test: list, share: float, shrinkage: list[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Fit Gaussians on all tasks; return each task's `class_posterior` of its held-out images."""
+    selector = DiscriminantSelector(source, means="classes", shared=(share,), shrinkage=shrinkage)
+    for task, images in zip(tasks, train, strict=True):
+        selector.fit(task.name, [images])
+    return [selector.class_posterior(features_BF, t) for t, (features_BF, _) in enumerate(test)]
 
 
 def accuracy(scores_BC: Tensor, labels_B: Tensor) -> float:
@@ -84,6 +101,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--routed", action="store_true", help="Gaussians on what the experts make of images, too")
+    parser.add_argument("--shrinkage", type=float, nargs="+", default=DiscriminantSelector().shrinkage)
     options = parser.parse_args()
     tasks = []
     for task in load_suite(options.suite, options.tasks):
@@ -103,17 +122,27 @@ def main() -> None:
 
     table.add_row("none", "", "", "", mean_accuracy(plain), mean_accuracy(experts))
     blocks = len(method.model.get_base_model().vision_model.encoder.layers)
-    for name, source in sources(blocks).items():
-        train, test = ([seen(method, source, getattr(task, split)) for task in tasks] for split in ("train", "test"))
+    offered = sources(blocks)
+    tried = [(name, source, False) for name, source in offered.items()]
+    if options.routed:
+        tried += [(name, offered[name], True) for name in ("the last", "image embedding")]
+    taken = None  # what `moe_lora_fused` takes
+    for name, source, routed in tried:
+        train, test = (
+            [seen(method, source, getattr(task, split), t if routed else NONE) for t, task in enumerate(tasks)]
+            for split in ("train", "test")
+        )
         for covariance, share in COVARIANCES.items():
-            selector = DiscriminantSelector(source, means="classes", shared=(share,))
-            for task, images in zip(tasks, train, strict=True):
-                selector.fit(task.name, [images])
-            known = [selector.class_posterior(features_BF, t) for t, (features_BF, _) in enumerate(test)]
+            known = opinions(tasks, source, train, test, share, options.shrinkage)
             alone = [torch.full_like(plain[t], -torch.inf).index_copy(1, *found) for t, found in enumerate(known)]
-            fused = ([fuse(own[t], *found) for t, found in enumerate(known)] for own in (plain, experts))
+            fused = [[fuse(own[t], *found) for t, found in enumerate(known)] for own in (plain, experts)]
             columns = [str(test[0][0].shape[1]), *map(mean_accuracy, (alone, *fused))]
-            table.add_row(name, covariance, *columns)
+            table.add_row(f"{name}, by the experts" if routed else name, covariance, *columns)
+            if (name, share, routed) == ("the last", 1.0, False):
+                taken = known
+            if routed:
+                both = [fuse(own, *found) for own, found in zip(fused[1], taken, strict=True)]
+                table.add_row("the same, and the last of plain CLIP", covariance, "", "", "", mean_accuracy(both))
     Console(width=120).print(table)
 
 
