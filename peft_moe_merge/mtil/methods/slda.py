@@ -1,6 +1,6 @@
 """Streaming linear discriminant analysis: a Gaussian per class on what plain CLIP sees, and no training."""
 
-# B images, C classes asked about, F features, K classes of a task, R routes (the tasks asked about among the learnt, then none)
+# B images, C classes asked about, F features, K classes of a task, R routes (the learnt tasks, then none)
 
 from __future__ import annotations
 
