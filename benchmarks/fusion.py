@@ -9,7 +9,7 @@ the held-out images with the task known, mean over tasks: of the Gaussians alone
 task's experts. `moe_lora_fused` and `slda` take the features that were best so, at a width that is no burden.
 
 With `--routed` there are also Gaussians on what each task's own experts make of its images, alone and beside the others.
-`--shrinkage` gives a covariance of its own more of it to choose from, which few images a task want.
+`--shrinkage` names the shares to choose from: a task's own covariance, which is of few images, wants more than the default has.
 """
 
 import argparse
@@ -126,21 +126,20 @@ def main() -> None:
     tried = [(name, source, False) for name, source in offered.items()]
     if options.routed:
         tried += [(name, offered[name], True) for name in ("the last", "image embedding")]
-    taken = None  # what `moe_lora_fused` takes
+    opinion = {}
     for name, source, routed in tried:
         train, test = (
             [seen(method, source, getattr(task, split), t if routed else NONE) for t, task in enumerate(tasks)]
             for split in ("train", "test")
         )
         for covariance, share in COVARIANCES.items():
-            known = opinions(tasks, source, train, test, share, options.shrinkage)
+            known = opinion[name, share, routed] = opinions(tasks, source, train, test, share, options.shrinkage)
             alone = [torch.full_like(plain[t], -torch.inf).index_copy(1, *found) for t, found in enumerate(known)]
             fused = [[fuse(own[t], *found) for t, found in enumerate(known)] for own in (plain, experts)]
             columns = [str(test[0][0].shape[1]), *map(mean_accuracy, (alone, *fused))]
             table.add_row(f"{name}, by the experts" if routed else name, covariance, *columns)
-            if (name, share, routed) == ("the last", 1.0, False):
-                taken = known
             if routed:
+                taken = opinion["the last", 1.0, False]  # by `moe_lora_fused`
                 both = [fuse(own, *found) for own, found in zip(fused[1], taken, strict=True)]
                 table.add_row("the same, and the last of plain CLIP", covariance, "", "", "", mean_accuracy(both))
     Console(width=120).print(table)

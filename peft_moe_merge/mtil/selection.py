@@ -330,10 +330,10 @@ class StreamSelectors:
             pixels = batch["pixel_values"][rows.to(device)]
             with accelerator.autocast():
                 features_BP = method.routed_image_features(pixels, torch.full((len(rows),), router, device=device))
-            alike = {of: cosines(features_BP, classes_CP).cpu() for of, classes_CP in classes.items()}
-            for (of, fused), own in columns.items():
+            cosines_of = {of: cosines(features_BP, classes_CP).cpu() for of, classes_CP in classes.items()}
+            for (of, fused), alike in columns.items():
                 # in float64 equal only where the cosines are: where one route has it all, they decide
-                logits_BC = among[of].narrowed(scale * alike[of].double(), router)
+                logits_BC = among[of].narrowed(scale * cosines_of[of].double(), router)
                 if fused is None or router == NONE:
                     likely_BC = logits_BC.softmax(dim=1)
                 else:
@@ -341,7 +341,7 @@ class StreamSelectors:
                     known, posterior_BK = selector.class_posterior(features[selector.source][rows.to(device)], router)
                     own_C = among[of].space.columns[method.learnt[router]]
                     likely_BC = fuse(logits_BC, own_C[known.cpu()], posterior_BK.cpu()).exp()
-                shares_BV = shares_BVR[rows][:, own, route]
+                shares_BV = shares_BVR[rows][:, alike, route]
                 of_route = likely_BC.new_zeros(len(labels_B), shares_BV.shape[1], likely_BC.shape[1])
                 by_share = shares_BV[:, :, None] * likely_BC[:, None]
                 mixed[of, fused] = mixed[of, fused] + of_route.index_copy(0, rows, by_share)

@@ -331,7 +331,7 @@ class Stream:
         method.prepare_evaluation(task)
         with self.accelerator.autocast():
             classes = LabelSpace.of_task(task)
-            return self._accuracy(method, task, method.scorer(classes, self.accelerator.device))
+            return self._accuracy(method, task, classes, method.scorer(classes, self.accelerator.device))
 
     @torch.no_grad()
     def accuracies_among(self, method: Method, all_classes: LabelSpace) -> list[float]:
@@ -339,16 +339,13 @@ class Stream:
         method.model.to(self.accelerator.device).eval()
         with self.accelerator.autocast():
             scores = method.scorer(all_classes, self.accelerator.device)
-            return [self._accuracy(method, task, scores, all_classes.columns[task.name]) for task in self.tasks]
+            return [self._accuracy(method, task, all_classes, scores) for task in self.tasks]
 
-    def _accuracy(
-        self, method: Method, task: Task, scores: Callable[[Tensor], Tensor], columns_K: Tensor | None = None
-    ) -> float:
+    def _accuracy(self, method: Method, task: Task, classes: LabelSpace, scores: Callable[[Tensor], Tensor]) -> float:
         batches = self.accelerator.prepare(self.settings.eval_batches(task.test, method.processor.image_processor))
-        if columns_K is not None:
-            columns_K = columns_K.to(self.accelerator.device)
-            batches = ((batch["pixel_values"], columns_K[batch["labels"]]) for batch in batches)
-        return zero_shot.accuracy(scores, batches, self.accelerator.gather_for_metrics)
+        columns_K = classes.columns[task.name].to(self.accelerator.device)
+        labelled = ((batch["pixel_values"], columns_K[batch["labels"]]) for batch in batches)
+        return zero_shot.accuracy(scores, labelled, self.accelerator.gather_for_metrics)
 
 
 def run_stream(

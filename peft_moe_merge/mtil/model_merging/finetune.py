@@ -49,13 +49,12 @@ def finetune(
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
     streams = [endless(batches(t.finetune, batch_size), t.name, seed + 1009 * i) for i, t in enumerate(tasks)]
     title = f"fine-tuning on {tasks[0].name if len(tasks) == 1 else f'{len(tasks)} tasks'}"
-    with prepared(accelerator, model, optimizer) as (wrapped, optimizer):
+    with prepared(accelerator, model, optimizer) as (_, optimizer):
         for step in tqdm(range(steps), desc=title, disable=not accelerator.is_main_process):
             which = step % len(tasks)
             pixels, labels = next(streams[which])
             with accelerator.autocast():
-                plain = accelerator.unwrap_model(wrapped)
-                logits = zero_shot_logits(plain, pixels.to(accelerator.device), tasks[which].head_CD)
+                logits = zero_shot_logits(model, pixels.to(accelerator.device), tasks[which].head_CD)
             accelerator.backward(F.cross_entropy(logits.float(), labels.to(accelerator.device)))
             optimizer.step()
             optimizer.zero_grad()
